@@ -1,0 +1,118 @@
+"""Choose a kernel for every call of a semantic op: ask the candidates in order of merit, keep every No."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from sm12x_compile.arch import Arch
+from sm12x_compile.ops import OPS
+from sm12x_compile.options import Options
+from sm12x_compile.registry import YES, Call, Kernel, No, Verdict, kernels
+from sm12x_compile.report import Floor, Site
+
+from .splice import Splicer
+
+logger = logging.getLogger("sm12x_compile")
+REFERENCE = "reference"
+
+
+def lower(
+    gm: GraphModule, calls: Sequence[tuple[Site, Node]], options: Options, run: Arch, plan: Arch
+) -> None:
+    """Give every call a kernel; the sites learn which, and who declined.
+
+    Args:
+        gm: the graph with calls of semantic ops.
+        calls: the sites and their calls.
+        options: ``kernels`` allows or denies by name.
+        run: the device at hand: what the graph will run on.
+        plan: what the report is about (`run`, unless ``arch`` names another card).
+    """
+    splicer = Splicer(gm)
+    for site, node in calls:
+        op = node.target.name().split("::")[1].split(".")[0] if hasattr(node.target, "name") else ""
+        if op not in OPS or OPS[op].overload is not node.target:
+            site.kernel = site.op  # a pattern of one's own may call any op
+            continue
+        call = Call(op, torch.fx.node.map_arg(OPS[op].bind(node), lambda n: n.meta["val"]))
+        site.kernel, site.refused = _names(*choose(call, plan, options))
+        site.floor = floor(call, plan)
+        chosen, _ = choose(call, run, options)
+        if chosen is None:
+            continue
+        if chosen.inline:
+            splicer.inline(node, chosen)
+        else:
+            node.target = chosen.overload
+
+
+def _names(chosen: Kernel | None, refused: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
+    return (chosen.name if chosen else REFERENCE), refused
+
+
+def choose(call: Call, arch: Arch, options: Options) -> tuple[Kernel | None, list[tuple[str, str]]]:
+    """The first kernel that accepts, and (name, why) of those asked before; None means the reference."""
+    refused: list[tuple[str, str]] = []
+    for kernel in kernels(call.op):
+        if not options.wants_kernel(kernel.name):
+            refused.append((kernel.name, "left out by the option 'kernels'"))
+            continue
+        verdict = ask(kernel, call, arch)
+        if verdict:
+            return kernel, refused
+        refused.append((kernel.name, verdict.reason if isinstance(verdict, No) else "declined"))
+    return None, refused
+
+
+def ask(kernel: Kernel, call: Call, arch: Arch) -> Verdict:
+    """A kernel's verdict; an exception in it is a No, with the exception as the reason."""
+    try:
+        verdict: Any = kernel.accepts(call, arch)
+    except Exception as error:
+        logger.warning("kernel %s failed to decide", kernel.name, exc_info=True)
+        return No(f"its accepts() failed: {type(error).__name__}: {error}")
+    if isinstance(verdict, No) or verdict is YES:
+        return verdict
+    return YES if verdict else No("declined")
+
+
+def floor(call: Call, arch: Arch) -> Floor | None:
+    """The least time of a call on a card, from its op's cost; symbolic sizes by their hints."""
+    cost = OPS[call.op].cost
+    if cost is None or not arch.bandwidth:
+        return None
+    hinted = {name: _hinted(value) for name, value in call.arguments.items()}
+    try:
+        least = cost(hinted)
+    except (TypeError, ValueError):
+        return None
+    seconds = max(least.bytes / arch.bandwidth, least.flops / arch.bf16_flops)
+    return Floor(least.bytes, least.flops, seconds * 1e6)
+
+
+class _Hinted:
+    """A tensor's shape and dtype with every size an int."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.shape = tuple(Call.hint(s) for s in tensor.shape)
+        self.dtype = tensor.dtype
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def numel(self) -> int:
+        total = 1
+        for s in self.shape:
+            total *= s
+        return total
+
+
+def _hinted(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return _Hinted(value)
+    return Call.hint(value) if isinstance(value, torch.SymInt) else value

@@ -1,0 +1,80 @@
+"""Trace a kernel that is plain PyTorch into the graph, where Inductor can fuse it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sm12x_compile.ops import OPS
+from sm12x_compile.registry import Kernel
+
+
+class Splicer:
+    """Inlines kernels; equal nodes that several calls need (a mask, say) are shared."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self._traces: dict[Any, GraphModule] = {}
+        self._shared: dict[Any, Node] = {}
+
+    def inline(self, node: Node, kernel: Kernel) -> None:
+        """Replace a call of a semantic op by the body of the kernel."""
+        bound = OPS[kernel.op].bind(node)
+        inputs = {k: v for k, v in bound.items() if isinstance(v, Node)}
+        body = self._trace(kernel, bound, inputs)
+        replacement: dict[Node, Any] = dict(
+            zip(body.graph.find_nodes(op="placeholder"), inputs.values(), strict=True)
+        )
+        result: Any = None
+        with self.gm.graph.inserting_before(node):
+            for inner in body.graph.nodes:
+                if inner.op == "placeholder":
+                    continue
+                if inner.op == "output":
+                    result = torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])
+                else:
+                    replacement[inner] = self._copy(body, inner, replacement)
+        node.replace_all_uses_with(result)
+        self.gm.graph.erase_node(node)
+
+    def _copy(self, body: GraphModule, inner: Node, replacement: dict[Node, Any]) -> Node:
+        args, kwargs = torch.fx.node.map_arg((inner.args, inner.kwargs), lambda n: replacement[n])
+        if inner.op == "get_attr":
+            name = f"_sm12x_{len(self._shared)}_{inner.target}"
+            setattr(self.gm, name, getattr(body, str(inner.target)))
+            copied = self.gm.graph.get_attr(name)
+            copied.meta["val"] = inner.meta.get("val")
+            return copied
+        key = (inner.target, repr((args, kwargs)))
+        if key in self._shared and isinstance(inner.target, torch._ops.OpOverload):
+            return self._shared[key]
+        copied = self.gm.graph.call_function(inner.target, args, kwargs)
+        copied.meta["val"] = inner.meta.get("val")
+        self._shared[key] = copied
+        return copied
+
+    def _trace(self, kernel: Kernel, bound: dict[str, Any], inputs: dict[str, Node]) -> GraphModule:
+        values = {k: v.meta["val"] for k, v in inputs.items()}
+        key = (kernel.name, *((k, _key(values[k]) if k in values else repr(v)) for k, v in bound.items()))
+        if key in self._traces:
+            return self._traces[key]
+        rest = {k: v for k, v in bound.items() if k not in inputs}
+
+        def run(*tensors: Any) -> Any:
+            return kernel.run(**dict(zip(inputs, tensors, strict=True)), **rest)
+
+        fakes = list(values.values())
+        mode = next(f.fake_mode for f in fakes if isinstance(f, torch._subclasses.FakeTensor))
+        with mode, torch.no_grad():
+            body = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        self._traces[key] = body
+        return body
+
+
+def _key(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.device} {tuple(map(str, value.shape))} {tuple(map(str, value.stride()))}"
+    return f"{type(value).__name__} {value}"

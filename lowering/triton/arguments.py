@@ -1,0 +1,169 @@
+"""The operands of `sm12x::attention` as arguments of the Triton kernels, and the calls that they cannot take."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arch import Arch, by_name, of_device
+from ...registry import Call
+
+FAR = 1 << 29  # keys; the kernels hold positions in int32
+LOG2E = 1.4426950408889634
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+EMPTY_CODES = {"zero": 0, "nan": 1, "mean": 2}
+_FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
+
+
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot be used in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+def refusal(call: Call, arch: Arch) -> str | None:
+    """Why our Triton attention kernels cannot take a call of `sm12x::attention`, in one sentence, or None."""
+    missing = triton_missing()
+    if missing:
+        return missing
+    if arch.family not in _FAMILIES:
+        return f"needs a CUDA GPU of compute capability 8.0 or later, not {arch.name}"
+    q, k, v = call.q, call.k, call.v
+    if q.dtype not in DTYPES:
+        return f"computes in fp16, bf16 or fp32, not {_name(q.dtype)}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"needs q, k and v of one dtype, got {_name(q.dtype)}, {_name(k.dtype)} and {_name(v.dtype)}"
+    if call.out_dtype is not None and call.out_dtype not in DTYPES:
+        return f"writes fp16, bf16 or fp32, not {_name(call.out_dtype)}"
+    for what, tensor in (("head dim", q), ("value head dim", v)):
+        size = tensor.shape[3]
+        if not isinstance(size, int):
+            return f"the {what} must be known while compiling"
+        if size > MAX_HEAD_DIM:
+            return f"{what} {size} is over {MAX_HEAD_DIM}"
+    if not isinstance(q.shape[1], int) or not isinstance(k.shape[1], int):
+        return "the numbers of heads must be known while compiling"
+    if call.hint(k.shape[2]) >= FAR:
+        return f"more than {FAR} keys"
+    if call.bias is not None and call.bias.dtype not in (*DTYPES, torch.bool):
+        return f"a bias must be bool, fp16, bf16 or fp32, not {_name(call.bias.dtype)}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def card_of(q: Tensor) -> Arch:
+    """The card that the tensor lives on; Triton's interpreter works on CPU tensors with the tiles of SM12x."""
+    return of_device(q.device.index) if q.is_cuda else by_name("rtx5090")
+
+
+def split_head_dim(size: int) -> tuple[int, int]:
+    """Widths (powers of two, the second may be 0) of the tiles that hold a head of this size: 80 is 64 + 16.
+
+    Tensor cores need at least 16 columns. Two tiles that add up to a power of two are better as one.
+    """
+    main = max(16, 1 << (size.bit_length() - 1))
+    if main >= size:
+        return main, 0
+    rest = max(16, 1 << (size - main - 1).bit_length())
+    return (2 * main, 0) if rest >= main else (main, rest)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, empty_rows: str) -> None:
+    """The reference's own checks; raises its ValueErrors."""
+    if q.shape[1] % k.shape[1] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"sm12x::attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
+    if empty_rows not in EMPTY_CODES:
+        raise ValueError(f"sm12x::attention: empty_rows={empty_rows!r}, not one of {tuple(EMPTY_CODES)}")
+
+
+def wide(*tensors: Tensor) -> bool:
+    """Whether offsets inside a tile (at most 256 rows or columns) overflow int32."""
+    return any(abs(t.stride(2)) + abs(t.stride(3)) >= 1 << 23 for t in tensors)
+
+
+def operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window_left: int | None,
+    window_right: int | None,
+    chunk: int | None,
+    q_offset: Tensor | None,
+    q_shift: int,
+    kv_len: Tensor | None,
+    key_padding: Tensor | None,
+    q_segments: Tensor | None,
+    k_segments: Tensor | None,
+    bias: Tensor | None,
+    softcap: float,
+    sinks: Tensor | None,
+    empty_rows: str,
+) -> dict[str, Any]:
+    """The arguments that both kernels take, by parameter name; absent operands are None and cost nothing."""
+    B, Hq, S, D = q.shape
+    T, DV = k.shape[2], v.shape[3]
+    a: dict[str, Any] = {"q": q, "k": k, "v": v}
+    a["stride_qb"], a["stride_qh"], a["stride_qs"], a["stride_qd"] = q.stride()
+    a["stride_kb"], a["stride_kh"], a["stride_kt"], a["stride_kd"] = k.stride()
+    a["stride_vb"], a["stride_vh"], a["stride_vt"], a["stride_vd"] = v.stride()
+    a["S"], a["T"] = S, T
+    a["window_left"] = None if window_left is None else _near(window_left)
+    a["window_right"] = None if window_right is None else _near(window_right)
+    a["chunk"] = None if chunk is None else _near(chunk)
+    a["q_shift"] = _near(q_shift)
+    a["q_offset"], a["stride_offset"] = _per_batch(q_offset)
+    a["kv_len"], a["stride_len"] = _per_batch(kv_len)
+    a["key_padding"], a["stride_pb"], a["stride_pt"] = _per_key(key_padding)
+    if q_segments is None or k_segments is None:
+        q_segments = k_segments = None
+    a["q_segments"], a["stride_qsb"], a["stride_qss"] = _per_key(q_segments)
+    a["k_segments"], a["stride_ksb"], a["stride_kst"] = _per_key(k_segments)
+    a["bias"] = bias
+    a["stride_bb"] = a["stride_bh"] = a["stride_bs"] = a["stride_bt"] = None
+    kind = 0
+    if bias is not None:
+        kind = 2 if bias.dtype == torch.bool else 1
+        a["stride_bb"], a["stride_bh"], a["stride_bs"], a["stride_bt"] = bias.expand(B, Hq, S, T).stride()
+    a["sinks"], a["stride_sink"] = (None, None) if sinks is None else (sinks, sinks.stride(0))
+    # Scores in units of log 2 save an operation a score; they need a positive scale (a running maximum is taken
+    # before it is applied) and no additive bias (finfo.min would overflow).
+    natural = kind == 1 or bool(softcap) or scale <= 0
+    a["scale"] = float(scale) if natural else scale * LOG2E
+    a["softcap"] = float(softcap) if softcap else None
+    a["GROUP"] = Hq // k.shape[1]
+    a["D"], a["DV"] = D, DV
+    a["D_MAIN"], a["D_REST"] = split_head_dim(D)
+    a["DV_MAIN"], a["DV_REST"] = split_head_dim(DV)
+    a["CAUSAL"] = bool(causal)
+    a["BIAS"] = kind
+    a["NATURAL"] = natural
+    a["EMPTY"] = EMPTY_CODES[empty_rows]
+    a["IEEE"] = q.dtype == torch.float32
+    a["WIDE"] = wide(q, k, v)
+    return a
+
+
+def _near(keys: int) -> int:
+    return max(-FAR, min(FAR, keys))
+
+
+def _per_batch(t: Tensor | None) -> tuple[Tensor | None, int | None]:
+    if t is None:
+        return None, None
+    return t, (t.stride(0) if t.dim() and t.shape[0] > 1 else 0)
+
+
+def _per_key(t: Tensor | None) -> tuple[Tensor | None, int | None, int | None]:
+    if t is None:
+        return None, None, None
+    return t, (t.stride(0) if t.shape[0] > 1 else 0), t.stride(1)

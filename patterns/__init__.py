@@ -1,0 +1,5 @@
+"""The patterns: one file a family, each stating its equation. Importing this package registers them."""
+
+from . import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,227 @@
+"""Softmax attention in any spelling → ``sm12x::attention``.
+
+The equation, with any layout of q, k, v and of the result::
+
+    out[b, h, s, v] = sum_t softmax_t( softcap(scale * sum_d q[b,h,s,d] k[b,h div G,t,d]) + masks + biases ) v[b,h div G,t,v]
+
+Anchors: `scaled_dot_product_attention`, softmax, exp (a softmax written by hand). From the anchor we walk to the
+sum with the values (`softmax.py`), read the scores inwards to the product of q and k (`scores.py`), prove the
+masks (`sm12x_compile/masks.py`), give every index variable its role (`roles.py`), and lay the operands out again.
+
+Refused, with the reason in the report: weights read elsewhere or changed after the softmax, active dropout,
+scores that are no product of two tensors, a scale that is not a positive constant, indices that no view can
+express. A mask that cannot be proved is no refusal: it is passed on as a dense tensor.
+
+To add a case: a new spelling of the softmax goes into `softmax.py`, a new op on the scores into `scores.py`, a
+new kind of mask into `masks.py`; each is one branch that answers with a `Refusal` where it is not sure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sm12x_compile.index_algebra import Apply, Element, Index, Var, look, same_size, step
+from sm12x_compile.index_algebra.expr import broadcast, shape_of
+from sm12x_compile.index_algebra.predicate import AtMostZero, predicate_of
+from sm12x_compile.masks import MaskTerm, StructuredMask, data_vars, explain_masks
+from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite
+from sm12x_compile.registry import register_pattern
+
+from .emit import emit_attention
+from .roles import Problem, Roles, assign_roles
+from .scores import ABSORBING, Scores, read_scores, read_sink
+from .softmax import WeightedSum, find_weighted_sum, fresh_index
+
+aten = torch.ops.aten
+
+
+@register_pattern(
+    "attention",
+    anchors=[
+        aten.scaled_dot_product_attention.default,
+        aten.softmax.int,
+        aten._safe_softmax.default,
+        aten.exp.default,
+    ],
+    merit=0,
+)
+def attention(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
+    """Recognise one attention at its softmax."""
+    if anchor.target is aten.scaled_dot_product_attention.default:
+        problem = _from_sdpa(anchor)
+    else:
+        problem = _from_softmax(anchor)
+    if not isinstance(problem, Problem):
+        return problem
+    roles = assign_roles(problem)
+    if isinstance(roles, Refusal):
+        return roles
+    mask = _prove(problem, roles)
+    tags = _tags(problem, roles, mask)
+    try:
+        with graph.graph.inserting_before(problem.node):
+            call, value = emit_attention(graph, problem, roles, mask)
+    except CannotArrange as reason:
+        return Refusal(f"no view expresses an operand: {reason}", problem.node, tags)
+    return Rewrite(problem.node, call, value, tags)
+
+
+# ---------------------------------------------------------------- the two ways in
+
+
+def _from_softmax(anchor: Node) -> Problem | Refusal | None:
+    found = find_weighted_sum(anchor)
+    if not isinstance(found, WeightedSum):
+        # A softmax that meets no values is a router or a loss, unless something before it looks like attention.
+        return found if isinstance(found, Refusal) and _looks_like_attention(anchor) else None
+    scores = read_scores(found.scores, found.key)
+    if isinstance(scores, Refusal):
+        return scores if _looks_like_attention(anchor) else None
+    sinks: list[Element] = []
+    for column in found.sinks:
+        sink = read_sink(column)
+        if isinstance(sink, Refusal):
+            return sink
+        if sink[1] != scores.shifts:
+            return Refusal("the extra column of the softmax is shifted differently from the scores", anchor)
+        sinks.append(sink[0])
+    if len(sinks) > 1:
+        return Refusal("the softmax has several columns without values", anchor)
+    empty = "nan"
+    if any(math.isfinite(m.drop_value) for m in scores.masks) and (found.form == "softmax" or scores.shifts):
+        empty = "mean"
+    return Problem(
+        node=found.node, out=found.out, key=found.key, q=scores.q, k=scores.k, value=found.value,
+        summed=scores.summed, scale=scores.scale, softcap=scores.softcap, masks=scores.masks,
+        filled=scores.filled, biases=scores.biases, sink=sinks[0] if sinks else None, rows=found.rows,
+        empty_rows=empty, form=found.form,
+    )  # fmt: skip
+
+
+def _looks_like_attention(anchor: Node) -> bool:
+    """Whether a product of two computed tensors feeds the anchor within a few pointwise steps."""
+    seen: list[Node] = [anchor]
+    products = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
+    for node in seen:
+        for source in node.all_input_nodes:
+            if source.target in products:
+                return True
+            if len(seen) < 24 and source.op == "call_function" and source not in seen:
+                if source.target not in (aten.linear.default, aten.softmax.int):
+                    seen.append(source)
+    return False
+
+
+def _from_sdpa(node: Node) -> Problem | Refusal:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    a: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    q, k, v = a["query"], a["key"], a["value"]
+    if a.get("dropout_p", 0.0):
+        return Refusal("dropout is active; call model.eval()", node)
+    if len(shape_of(q)) < 2 or len({len(shape_of(x)) for x in (q, k, v)}) != 1:
+        return Refusal("q, k and v have different ranks", node)
+    out = fresh_index(node)
+    key, summed = Var("t", shape_of(k)[-2]), Var("d", shape_of(q)[-1])
+    t, d = Index.of(key), Index.of(summed)
+    batch, row, column = out[:-2], out[-2], out[-1]
+    heads = batch
+    if a.get("enable_gqa") and len(batch) and not same_size(shape_of(q)[-3], shape_of(k)[-3]):
+        groups = shape_of(q)[-3] // shape_of(k)[-3]  # type: ignore[operator]
+        heads = (*batch[:-1], batch[-1].div(groups))
+
+    def at(x: Node, lead: tuple[Index, ...], *tail: Index) -> Element:
+        shape = shape_of(x)
+        return Element(x, (*(Index() if s == 1 else ix for ix, s in zip(lead, shape, strict=False)), *tail))
+
+    masks: list[MaskTerm] = []
+    biases: list[tuple[Element, float]] = []
+    if a.get("is_causal"):
+        # The element of q stands in as the source: a causal mask is always explained.
+        masks.append(MaskTerm(AtMostZero(t - row), -math.inf, at(q, batch, row, d)))
+    mask = a.get("attn_mask")
+    if mask is not None:
+        index = (*batch, row, t)
+        source = broadcast(mask, index)
+        assert isinstance(source, Element)
+        if mask.meta["val"].dtype == torch.bool:
+            keep = predicate_of(source)
+            if keep is None:
+                return Refusal("the mask is no boolean tensor", mask)
+            masks.append(MaskTerm(keep, -math.inf, source))
+        else:
+            from .scores import _Reading, _terms
+
+            read = _terms(source, _Reading(), 1.0)
+            if isinstance(read, Refusal):
+                return read
+            masks += [m for m in read.masks]
+            biases += read.biases
+    head_dim = shape_of(q)[-1]
+    scale = a.get("scale")
+    if scale is None:
+        if not isinstance(head_dim, int):
+            return Refusal("the head dim is symbolic", node)
+        scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    if not isinstance(scale, (int, float)) or scale <= 0:
+        return Refusal("the scale is not a positive constant", node)
+    finite = [m for m in masks if math.isfinite(m.drop_value)]
+    return Problem(
+        node=node, out=out, key=key, q=_seen(at(q, batch, row, d)), k=_seen(at(k, heads, t, d)),
+        value=at(v, heads, t, column), summed=(summed,), scale=float(scale), softcap=0.0, masks=tuple(masks),
+        filled=tuple(False for _ in masks), biases=tuple(biases), sink=None, rows=row,
+        empty_rows="mean" if finite else "zero", form="sdpa",
+    )  # fmt: skip
+
+
+def _seen(element: Element) -> Element:
+    return look(element, through_data=False)
+
+
+# ---------------------------------------------------------------- masks
+
+
+def _prove(problem: Problem, roles: Roles) -> StructuredMask:
+    """Structure what can be proved; keep dense what a structured mask would treat differently."""
+    batch = set(roles.batch)
+    masks = list(zip(problem.masks, problem.filled, strict=True))
+    mask = explain_masks([m for m, _ in masks], roles.query, problem.key, batch)
+    if not mask.may_be_empty:
+        return mask
+    finite = [(m, f) for m, f in masks if math.isfinite(m.drop_value)]
+    if not finite:
+        return mask
+    # A query with no key: its weights are those of the values that stand at the masked scores. That is the plain
+    # mean only if all masked scores are the same number.
+    same = len({m.drop_value for m, _ in masks}) == 1
+    uniform = same and (all(f for _, f in masks) or (len(masks) == 1 and finite[0][0].drop_value <= ABSORBING))
+    if uniform and not mask.dense:
+        return mask
+    proved = [m for m, _ in masks if not math.isfinite(m.drop_value)]
+    rest = explain_masks(proved, roles.query, problem.key, batch)
+    from dataclasses import replace
+
+    return replace(rest, dense=(*rest.dense, *(m for m, _ in finite)))
+
+
+def _tags(problem: Problem, roles: Roles, mask: StructuredMask) -> dict[str, Any]:
+    tags: dict[str, Any] = {"form": problem.form, "mask": mask.describe(), "scale": round(problem.scale, 6)}
+    if mask.window_left is not None:
+        tags["window"] = mask.window_left + 1
+    if mask.chunk is not None:
+        tags["chunk"] = mask.chunk
+    if roles.groups != 1:
+        tags["groups"] = roles.groups
+    if problem.sink is not None:
+        tags["sinks"] = True
+    if problem.softcap:
+        tags["softcap"] = problem.softcap
+    if problem.biases:
+        tags["bias"] = True
+    return tags
+
+
+__all__ = ["Apply", "Scores", "attention", "data_vars", "step"]

@@ -1,0 +1,194 @@
+"""Lay out the operands of an attention, call ``sm12x::attention``, and lay its result out as the user had it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from sm12x_compile.index_algebra import Element, Index, Size, Var, same_size, size_of
+from sm12x_compile.index_algebra.expr import shape_of
+from sm12x_compile.index_algebra.index import Datum, mul
+from sm12x_compile.index_algebra.predicate import Holds
+from sm12x_compile.masks import MaskTerm, StructuredMask
+from sm12x_compile.match import CannotArrange, GraphView
+
+from .roles import Problem, Roles
+
+aten = torch.ops.aten
+
+
+def emit_attention(
+    graph: GraphView, problem: Problem, roles: Roles, mask: StructuredMask
+) -> tuple[Node, Node]:
+    """Add the call at the insertion point.
+
+    Returns:
+        The call of ``sm12x::attention`` and its result in the layout of ``problem.node``.
+
+    Raises:
+        CannotArrange: an operand is no view of its source.
+    """
+    problem = roles.problem
+    batch, heads = roles.batch, (*roles.kv_head, *roles.group)
+    query = (roles.query,) if roles.query is not None else ()
+    key = (problem.key,)
+    if mask.kv_len is not None and mask.kv_len.is_const:
+        # A length known while compiling is a slice of the cache.
+        shorter = Var("t", mask.kv_len.const)
+        cut = {problem.key: Index.of(shorter)}
+        problem, key = problem.subs(cut), (shorter,)
+        mask = _shortened(mask, cut)
+    q = graph.arrange(problem.q, [batch, heads, query, problem.summed])
+    k = graph.arrange(problem.k, [batch, roles.kv_head, key, problem.summed])
+    v = graph.arrange(problem.value, [batch, roles.kv_head, key, roles.feature])
+    dtype = v.meta["val"].dtype
+    out_dtype = problem.node.meta["val"].dtype
+    if len({x.meta["val"].dtype for x in (q, k, v)}) != 1:
+        raise CannotArrange("q, k and v have different dtypes")
+    if not dtype.is_floating_point:
+        raise CannotArrange(f"{dtype} is not a floating point dtype")
+    extra: dict[str, Any] = {}
+    if mask.causal:
+        extra["causal"] = True
+    for name in ("window_left", "window_right", "chunk"):
+        if getattr(mask, name) is not None:
+            extra[name] = getattr(mask, name)
+    if mask.causal or mask.window_left is not None or mask.window_right is not None or mask.chunk is not None:
+        offset, shift = _runtime_index(graph, mask.offset, batch)
+        if offset is not None:
+            extra["q_offset"] = offset
+        if shift != 0:
+            extra["q_shift"] = graph.size(shift)
+    if mask.kv_len is not None:
+        length, more = _runtime_index(graph, mask.kv_len, batch)
+        assert length is not None
+        extra["kv_len"] = length if more == 0 else graph.call(aten.add.Tensor, length, graph.size(more))
+    for pad in mask.padding:
+        extra["key_padding"] = _padding(graph, pad, [batch, key], extra.get("key_padding"))
+    if mask.segments is not None:
+        extra["q_segments"] = graph.arrange(mask.segments[0], [batch, query], expand=False)
+        extra["k_segments"] = graph.arrange(mask.segments[1].subs({roles.problem.key: Index.of(key[0])}), [batch, key], expand=False)
+    bias = _bias(graph, problem, mask, [batch, heads, query, key])
+    if bias is not None:
+        extra["bias"] = bias
+    if problem.softcap:
+        extra["softcap"] = problem.softcap
+    if problem.sink is not None:
+        extra["sinks"] = graph.arrange(problem.sink, [heads])
+    if problem.empty_rows != "zero":
+        extra["empty_rows"] = problem.empty_rows
+    if out_dtype != dtype:
+        extra["out_dtype"] = out_dtype
+    call = graph.call(torch.ops.sm12x.attention.default, q, k, v, problem.scale, **extra)
+    order = [*batch, *heads, *query, *roles.feature]
+    return call, _restore(graph, call, problem, order)
+
+
+def _shortened(mask: StructuredMask, cut: dict[Var, Index]) -> StructuredMask:
+    from dataclasses import replace
+
+    from .roles import subs_predicate
+
+    return replace(
+        mask,
+        kv_len=None,
+        padding=tuple(Holds(h.element.subs(cut), h.expected) for h in mask.padding),
+        segments=(mask.segments[0], mask.segments[1].subs(cut)) if mask.segments else None,
+        dense=tuple(
+            MaskTerm(subs_predicate(m.keep, cut), m.drop_value, m.source.subs(cut), m.source_keeps)
+            for m in mask.dense
+        ),
+    )
+
+
+def _runtime_index(graph: GraphView, index: Index, batch: tuple[Var, ...]) -> tuple[Node | None, Size]:
+    """An offset as an int64 tensor (0-d or ``[B]``) and the part of it known while compiling."""
+    total: Node | None = None
+    for atom in index.terms:
+        assert isinstance(atom, Datum)
+        per_batch = bool(atom.element.vars())
+        part = graph.arrange(atom.element, [batch] if per_batch else [])
+        if part.meta["val"].dtype != torch.int64:
+            part = graph.call(aten._to_copy.default, part, dtype=torch.int64)
+        total = part if total is None else graph.call(aten.add.Tensor, total, part)
+    return total, index.const
+
+
+def _padding(graph: GraphView, pad: Holds, groups: list[tuple[Var, ...]], before: Node | None) -> Node:
+    node = graph.arrange(pad.element, groups, expand=False)
+    if not pad.expected:
+        node = graph.call(aten.logical_not.default, node)
+    return node if before is None else graph.call(aten.logical_and.default, before, node)
+
+
+def _bias(
+    graph: GraphView, problem: Problem, mask: StructuredMask, groups: list[tuple[Var, ...]]
+) -> Node | None:
+    """Biases and unproved masks as one tensor, float if anything is added, else bool."""
+    added: Node | None = None
+    for element, factor in problem.biases:
+        part = graph.arrange(element, groups, expand=False)
+        if not part.meta["val"].dtype.is_floating_point:
+            raise CannotArrange("a bias of the scores is not floating point")
+        if factor != 1.0:
+            part = graph.call(aten.mul.Tensor, part, factor)
+        added = part if added is None else graph.call(aten.add.Tensor, added, part)
+    keep: Node | None = None
+    for term in mask.dense:
+        part = graph.arrange(term.source, groups, expand=False)
+        if part.meta["val"].dtype == torch.bool:
+            if not term.source_keeps:
+                part = graph.call(aten.logical_not.default, part)
+            if math.isfinite(term.drop_value):
+                part = graph.call(aten.where.Scalar, part, 0.0, term.drop_value)
+        if part.meta["val"].dtype == torch.bool:
+            keep = part if keep is None else graph.call(aten.logical_and.default, keep, part)
+        else:
+            added = part if added is None else graph.call(aten.add.Tensor, added, part)
+    if added is None or keep is None:
+        return added if keep is None else keep
+    return graph.call(aten.where.ScalarOther, keep, added, -math.inf)
+
+
+def _restore(graph: GraphView, call: Node, problem: Problem, order: list[Var]) -> Node:
+    """From ``[B, Hq, S, Dv]`` to the layout of the node that is replaced."""
+    node = call
+    sizes = [v.extent for v in order]
+    target = shape_of(problem.node)
+    present = [v for ix in problem.out for v in _slowest_first(ix)]
+    if sorted(map(id, present)) != sorted(map(id, order)):
+        raise CannotArrange("the result is not laid out by its indices")
+    if not _same_shape(node, sizes):
+        node = graph.call(aten.view.default, node, [graph.size(s) for s in sizes])
+    moves = [order.index(v) for v in present]
+    if moves != list(range(len(moves))):
+        node = graph.call(aten.permute.default, node, moves)
+    if not _same_shape(node, list(target)):
+        node = graph.call(aten.reshape.default, node, [graph.size(s) for s in target])
+    return node
+
+
+def _same_shape(node: Node, sizes: list[Size]) -> bool:
+    shape = shape_of(node)
+    return len(shape) == len(sizes) and all(same_size(a, b) for a, b in zip(shape, sizes, strict=True))
+
+
+def _slowest_first(ix: Index) -> list[Var]:
+    """The variables of a mixed-radix index; refuses one that does not enumerate its dimension."""
+    left = dict(ix.terms)
+    found: list[Var] = []
+    stride: Size = 1
+    while left:
+        atom = next((a for a, c in left.items() if same_size(c, stride)), None)
+        if not isinstance(atom, Var):
+            raise CannotArrange(f"result index {ix} is not dense")
+        found.append(atom)
+        stride = mul(stride, atom.extent)
+        del left[atom]
+    return found[::-1]
+
+
+__all__ = ["Element", "emit_attention", "size_of"]

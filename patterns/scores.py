@@ -1,0 +1,287 @@
+"""The scores of an attention: ``softcap(scale * sum_d q*k) + masks + biases``, read from the outside in.
+
+Between the softmax and the product of q and k stand pointwise ops, in any order that means the same: scale,
+softcap, masks (added or filled), biases, casts, a subtracted maximum. Each is read as a tag; the first thing that
+is not understood is the refusal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch.fx import Node
+
+from sm12x_compile.index_algebra import Apply, Element, Expr, Number, Reduce, Var, look, step
+from sm12x_compile.index_algebra.predicate import TRUE, Choice, choice_of, negate, predicate_of
+from sm12x_compile.masks import MaskTerm
+from sm12x_compile.match import Refusal
+
+# A masked score this low gets no probability beside any score that a model produces.
+MASKED_BELOW = -1e4
+# A masked score this low swallows the score that it is added to.
+ABSORBING = -1e30
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``softcap(scale * sum over `summed` of q * k)`` plus `biases` (element, factor), masked by `masks`."""
+
+    q: Element
+    k: Element
+    summed: tuple[Var, ...]
+    scale: float = 1.0
+    softcap: float = 0.0
+    masks: tuple[MaskTerm, ...] = ()
+    filled: tuple[bool, ...] = ()
+    biases: tuple[tuple[Element, float], ...] = ()
+    shifts: tuple[Expr, ...] = ()
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What stands outside the point reached: a factor, masks, biases, a softcap."""
+
+    factor: float = 1.0
+    softcap: float = 0.0
+    masks: tuple[MaskTerm, ...] = ()
+    filled: tuple[bool, ...] = ()
+    biases: tuple[tuple[Element, float], ...] = ()
+    shifts: tuple[Expr, ...] = ()
+
+
+def read_scores(expr: Expr, key: Var) -> Scores | Refusal:
+    """Read the scores down to the product of q and k."""
+    return _read(expr, key, _Reading())
+
+
+def read_sink(expr: Expr) -> tuple[Element, tuple[Expr, ...]] | Refusal:
+    """The logit of a column without value, and the shifts that were subtracted from it."""
+    shifts: list[Expr] = []
+    while isinstance(expr, Element):
+        source = look(expr)
+        inner = step(source)
+        if isinstance(inner, Apply) and inner.op == "cast":
+            expr = inner.args[0]
+        elif isinstance(inner, Apply) and inner.op == "sub":
+            shifts.append(_shift(inner.args[1]))
+            expr = inner.args[0]
+        else:
+            return source, tuple(shifts)
+    return Refusal("the extra column of the softmax is no tensor")
+
+
+def _shift(expr: Expr) -> Expr:
+    """A subtracted maximum by where it comes from, so that two readings of it compare equal."""
+    while isinstance(expr, Element):
+        expr = look(expr)
+        inner = step(expr)
+        if not (isinstance(inner, Apply) and inner.op == "cast"):
+            break
+        expr = inner.args[0]
+    return expr
+
+
+def _depends_on(expr: Expr, key: Var) -> bool:
+    if isinstance(expr, Element):
+        return key in look(expr).vars()
+    if isinstance(expr, (Apply,)):
+        return any(_depends_on(a, key) for a in expr.args)
+    return not isinstance(expr, Number)
+
+
+def _read(expr: Expr, key: Var, outside: _Reading) -> Scores | Refusal:
+    node: Node | None = None
+    while True:
+        if isinstance(expr, Element):
+            expr = look(expr)
+            node = expr.node
+            inner = step(expr)
+            if inner is None:
+                return Refusal(f"the scores come from {_name(node)}, not from a product of q and k", node)
+            expr = inner
+        if isinstance(expr, Reduce):
+            return _product(expr, key, outside)
+        if not isinstance(expr, Apply):
+            return Refusal("part of the scores comes from elsewhere", node)
+        op, args = expr.op, expr.args
+        if op == "cast":
+            expr = args[0]
+        elif op == "neg":
+            return Refusal("the scores are negated", node)
+        elif op in ("mul", "div"):
+            scaled = _scaled(op, args)
+            if scaled is None:
+                return Refusal(f"the scores are {'multiplied' if op == 'mul' else 'divided'} by a tensor", node)
+            expr, factor = scaled
+            outside = replace(outside, factor=outside.factor * factor)
+        elif op == "tanh":
+            if outside.softcap or outside.factor <= 0:
+                return Refusal("tanh of the scores is no softcap", node)
+            outside = replace(outside, softcap=outside.factor, factor=1.0)
+            expr = args[0]
+        elif op == "sub" and not _depends_on(args[1], key):
+            outside = replace(outside, shifts=(*outside.shifts, _shift(args[1])))
+            expr = args[0]
+        elif op in ("add", "sub"):
+            return _added(op, args, key, outside, node)
+        elif op == "where":
+            filled = _filled(args, outside, node)
+            if isinstance(filled, Refusal):
+                return filled
+            expr, outside = filled
+        else:
+            return Refusal(f"{op} of the scores is not understood", node)
+
+
+def _name(node: Node) -> str:
+    return str(node.target).removeprefix("aten.") if node.op == "call_function" else node.name
+
+
+def _number(expr: Expr) -> float | None:
+    value = choice_of(expr)
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _scaled(op: str, args: Sequence[Expr]) -> tuple[Expr, float] | None:
+    a, b = args
+    number = _number(b)
+    if number:
+        return a, (number if op == "mul" else 1.0 / number)
+    number = _number(a) if op == "mul" else None
+    return (b, number) if number else None
+
+
+def _added(op: str, args: Sequence[Expr], key: Var, outside: _Reading, node: Node | None) -> Scores | Refusal:
+    """One operand leads to the product, the other is a mask or a bias."""
+    if outside.softcap:
+        return Refusal("something is added to the scores inside the softcap", node)
+    refusals = []
+    for scores, other, sign in ((args[0], args[1], 1.0 if op == "add" else -1.0), (args[1], args[0], 1.0)):
+        if op == "sub" and scores is args[1]:
+            break
+        gathered = _terms(other, outside, sign)
+        if isinstance(gathered, Refusal):
+            refusals.append(gathered)
+            continue
+        found = _read(scores, key, gathered)
+        if isinstance(found, Scores):
+            return found
+        refusals.append(found)
+    return refusals[0]
+
+
+def _terms(expr: Expr, outside: _Reading, sign: float) -> _Reading | Refusal:
+    """Split an added tensor into masks (0 where kept, hugely negative elsewhere) and biases."""
+    source = expr if isinstance(expr, Element) else None
+    choice = choice_of(expr) if source is not None or not isinstance(expr, Apply) else None
+    if isinstance(choice, float):
+        return outside if math.isfinite(choice) else Refusal("an infinite constant is added to the scores")
+    factor = outside.factor * sign
+    if isinstance(choice, Choice) and source is not None:
+        term = _mask_term(choice, factor, source)
+        if term is not None:
+            return replace(outside, masks=(*outside.masks, term), filled=(*outside.filled, False))
+    value = expr
+    while isinstance(value, Element):
+        value = look(value)
+        inner = step(value)
+        if inner is None:
+            break
+        value = inner
+    if isinstance(value, Apply) and value.op == "cast" and _sums(value.args[0]):
+        return _terms(value.args[0], outside, sign)
+    if isinstance(value, Apply) and value.op == "add":
+        first = _terms(value.args[0], outside, sign)
+        return first if isinstance(first, Refusal) else _terms(value.args[1], first, sign)
+    if source is None:
+        return Refusal("what is added to the scores is no tensor of its own")
+    return replace(outside, biases=(*outside.biases, (source, factor)))
+
+
+def _sums(expr: Expr) -> bool:
+    inner = step(look(expr)) if isinstance(expr, Element) else expr
+    return isinstance(inner, Apply) and inner.op == "add"
+
+
+def _mask_term(choice: Choice, factor: float, source: Element) -> MaskTerm | None:
+    keep, kept, dropped = choice.when, choice.if_true * factor, choice.if_false * factor
+    if kept != 0:
+        keep, kept, dropped = negate(keep), dropped, kept
+    if kept != 0 or math.isnan(dropped) or dropped > MASKED_BELOW:
+        return None
+    return MaskTerm(keep, dropped, source)
+
+
+def _filled(args: Sequence[Expr], outside: _Reading, node: Node | None) -> tuple[Expr, _Reading] | Refusal:
+    """``where(drop, NEG, scores)`` or ``where(keep, scores, NEG)``."""
+    if outside.softcap:
+        return Refusal("the scores are masked inside the softcap", node)
+    condition, a, b = args
+    when = predicate_of(condition)
+    for scores, fill, keeps in ((b, a, False), (a, b, True)):
+        value = choice_of(fill)
+        if not isinstance(value, float):
+            continue
+        if when == TRUE or not isinstance(condition, Element):
+            return Refusal("the mask of the scores is constant", node)
+        dropped = value * outside.factor
+        if math.isnan(dropped) or dropped > MASKED_BELOW:
+            return Refusal(f"masked scores are set to {value:g}, which is not low enough to be a mask", node)
+        if when is None:
+            return Refusal("the mask of the scores is no boolean tensor", node)
+        term = MaskTerm(when if keeps else negate(when), dropped, condition, keeps)
+        if outside.biases and dropped > ABSORBING:
+            return Refusal("a bias is added to scores that were masked with a finite value", node)
+        return scores, replace(outside, masks=(*outside.masks, term), filled=(*outside.filled, True))
+    return Refusal("the scores are chosen between two tensors", node)
+
+
+def _product(total: Reduce, key: Var, outside: _Reading) -> Scores | Refusal:
+    summed: list[Var] = []
+    expr: Expr = total
+    while isinstance(expr, Reduce):
+        if expr.kind != "sum":
+            return Refusal("the scores are a maximum, not a sum", total.node)
+        summed.append(expr.var)
+        expr = expr.body
+        if isinstance(expr, Element):
+            inner = step(look(expr))
+            if inner is None:
+                return Refusal("the scores are a sum of something else than products", total.node)
+            expr = inner
+    if not (isinstance(expr, Apply) and expr.op == "mul"):
+        return Refusal("the scores are a sum of something else than products", total.node)
+    (a, scale_a), (b, scale_b) = (_operand(x) for x in expr.args)
+    if a is None or b is None:
+        return Refusal("an operand of the scores is no tensor", total.node)
+    if key in a.vars() and key not in b.vars():
+        a, b = b, a
+    if key in a.vars() or key not in b.vars():
+        return Refusal("q and k cannot be told apart: exactly one must run along the keys", total.node)
+    scale = outside.factor * scale_a * scale_b
+    if outside.softcap:
+        scale *= outside.softcap
+    if not (scale > 0 and math.isfinite(scale)):
+        return Refusal(f"the scores are scaled by {scale:g}", total.node)
+    return Scores(
+        a, b, tuple(summed), scale, outside.softcap, outside.masks, outside.filled, outside.biases,
+        outside.shifts,
+    )  # fmt: skip
+
+
+def _operand(expr: Expr) -> tuple[Element | None, float]:
+    """q or k behind constant factors and layout."""
+    factor = 1.0
+    while isinstance(expr, Element):
+        source = look(expr, through_data=False)
+        inner = step(source)
+        if isinstance(inner, Apply) and inner.op in ("mul", "div"):
+            scaled = _scaled(inner.op, inner.args)
+            if scaled is not None and isinstance(scaled[0], Element):
+                expr, factor = scaled[0], factor * scaled[1]
+                continue
+        return source, factor
+    return None, factor

@@ -1,0 +1,282 @@
+"""Softmax-weighted sums: ``out = sum_t softmax(score)[t] * value[t]``, however the softmax is written.
+
+    softmax   softmax(x, dim) @ v, with casts, inactive dropout and slices between
+    exp       exp(x - m) / sum(exp(x - m)) @ v; the division before or after the sum with v;
+              exp(x - logsumexp(x)); extra terms of the denominator are sinks
+    sdpa      scaled_dot_product_attention (see `attention`)
+
+Shared by the families that are attention: they read the scores, this file finds where they are summed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from sm12x_compile.index_algebra import (
+    Apply,
+    Element,
+    Expr,
+    Index,
+    Reduce,
+    Var,
+    look,
+    same_size,
+    step,
+)
+from sm12x_compile.index_algebra.expr import shape_of
+from sm12x_compile.index_algebra.layout import LAYOUT
+from sm12x_compile.match import Refusal
+
+aten = torch.ops.aten
+
+_DIVISIONS = (aten.div.Tensor, aten.true_divide.Tensor)
+_PRODUCTS = (
+    aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.einsum.default,
+    aten.baddbmm.default, aten.inner.default, aten.tensordot.default, aten.linear.default,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """``node[out] = sum over key of softmax(scores) * value``.
+
+    Attributes:
+        node: the node whose value this is.
+        out: its index, one variable a dimension (a constant where the size is 1).
+        key: the variable t that is summed over.
+        scores: the score at t.
+        sinks: scores of columns that take probability and have no value.
+        value: the element of v at t.
+        rows: the index along the scores' dimension before the softmax one: most likely the query.
+        form: ``softmax`` or ``exp``.
+        shifted: whether the greatest score was subtracted by hand or by softmax.
+    """
+
+    node: Node
+    out: tuple[Index, ...]
+    key: Var
+    scores: Element
+    sinks: tuple[Element, ...]
+    value: Element
+    rows: Index | None
+    form: str
+    shifted: bool = True
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+
+def fresh_index(node: Node) -> tuple[Index, ...]:
+    """One variable a dimension, 0 where the size is 1."""
+    shape = shape_of(node)
+    return tuple(Index() if s == 1 else Index.of(Var(f"o{k}", s)) for k, s in enumerate(shape))
+
+
+def is_inactive_dropout(node: Node) -> bool:
+    if node.target is aten.native_dropout.default:
+        return False
+    return node.target is aten.dropout.default and (node.args[1] == 0 or node.args[2] is False)
+
+
+def strip(expr: Expr) -> Expr:
+    """Through layout, casts and inactive dropout."""
+    while isinstance(expr, Element):
+        expr = look(expr, through_data=False)
+        if is_inactive_dropout(expr.node):
+            expr = Element(expr.node.args[0], expr.index)
+            continue
+        inner = step(expr)
+        if not (isinstance(inner, Apply) and inner.op == "cast"):
+            return expr
+        expr = inner.args[0]
+    return expr
+
+
+def find_weighted_sum(anchor: Node) -> WeightedSum | Refusal | None:
+    """Where the softmax at `anchor` (a softmax or an exp) is summed with values; None if it is no such softmax."""
+    top = _follow(anchor)
+    if not isinstance(top, Node):
+        return top
+    out = fresh_index(top)
+    total = step(Element(top, out))
+    denominator: Expr | None = None
+    if isinstance(total, Apply) and total.op == "div":
+        denominator = total.args[1]
+        numerator = strip(total.args[0])
+        total = step(numerator) if isinstance(numerator, Element) else numerator
+    summed: list[Var] = []
+    while isinstance(total, Reduce) and total.kind == "sum":
+        if total.var.extent != 1:
+            summed.append(total.var)
+        total = total.body
+        if isinstance(total, Element):
+            total = step(look(total))
+    if not (isinstance(total, Apply) and total.op == "mul"):
+        return Refusal("the weights do not meet the values in a plain product", top)
+    for weights, value in (total.args, total.args[::-1]):
+        found = _weights(anchor, strip(weights), denominator)
+        if found is None:
+            continue
+        if isinstance(found, Refusal):
+            return found
+        source, along, sinks, form = found
+        if len(summed) != 1:
+            return Refusal("the weights are summed over several dimensions at once", top)
+        return _assemble(anchor, top, out, summed[0], source, along, sinks, value, form)
+    return Refusal("the softmax does not reach the product unchanged", top)
+
+
+def _assemble(
+    anchor: Node, top: Node, out: tuple[Index, ...], key: Var, weights: Element, dim: int,
+    sinks: tuple[Element, ...], value: Expr, form: str,
+) -> WeightedSum | Refusal:  # fmt: skip
+    """Check that the sum runs over the softmax dimension, and find columns without a value."""
+    if not isinstance(value, Element):
+        return Refusal("the values are no tensor", top)
+    index = weights.index
+    along = index[dim]
+    if along - Index.of(key) != Index(None, along.const):
+        return Refusal("the weights are not summed along the softmax dimension", top)
+    if any(key in ix.vars() for k, ix in enumerate(index) if k != dim):
+        return Refusal("the weights are summed along two dimensions", top)
+    source = anchor.args[0]
+    size = shape_of(anchor)[dim]
+    at = lambda ix: Element(source, (*index[:dim], ix, *index[dim + 1 :]))  # noqa: E731
+    if form == "softmax" and not same_size(size, key.extent):
+        spare = _spare_column(size, key, along)
+        if spare is None:
+            return Refusal("part of the weights is dropped before they meet the values", top)
+        sinks = (at(spare),)
+    rows = next((index[d] for d in range(dim - 1, -1, -1)), None) if dim else None
+    return WeightedSum(top, out, key, at(along), sinks, value, rows, form)
+
+
+def _spare_column(size: object, key: Var, along: Index) -> Index | None:
+    """The one column that the sum leaves out, at either end."""
+    if not same_size(size, (Index.of(key.extent) + 1).const):  # type: ignore[arg-type]
+        return None
+    if along.const == 0:
+        return Index(None, key.extent)
+    return Index() if along.const == 1 else None
+
+
+def _follow(anchor: Node) -> Node | Refusal | None:
+    """Forward from the softmax to the node that completes the weighted sum."""
+    node, met, divided = anchor, False, anchor.target is not aten.exp.default or _is_logsumexp(anchor)
+    for _ in range(64):
+        users = [u for u in node.users if not (node is anchor or not met) or not _is_denominator(u, divided)]
+        if len(users) != 1:
+            if met:
+                return node if divided else None
+            if anchor.target is aten.exp.default:
+                return None
+            reader = ", ".join(u.name for u in list(node.users)[:3]) or "nobody"
+            return Refusal(f"the attention weights are also read elsewhere ({reader})", node)
+        user = users[0]
+        if met and divided:
+            return node
+        if user.target in _DIVISIONS and not divided and _leads_to(user.args[0], node):
+            node, divided = user, True
+            if met:
+                return node
+        elif not met and user.target in _PRODUCTS:
+            node, met = user, True
+            if divided:
+                return node
+        elif not met and user.target is aten.mul.Tensor and _summed_next(user):
+            node, met = next(iter(user.users)), True
+            if divided:
+                return node
+        elif user.target in LAYOUT or user.target is aten._to_copy.default or is_inactive_dropout(user):
+            node = user
+        elif user.target in (aten.dropout.default, aten.native_dropout.default):
+            return Refusal("dropout is active; call model.eval()", user)
+        else:
+            what = str(user.target).removeprefix("aten.")
+            return Refusal(f"{what} stands between softmax and values", user) if not met else None
+    return None
+
+
+def _leads_to(argument: object, node: Node) -> bool:
+    return argument is node
+
+
+def _is_denominator(user: Node, divided: bool) -> bool:
+    return not divided and user.target is aten.sum.dim_IntList
+
+
+def _summed_next(product: Node) -> bool:
+    users = list(product.users)
+    return len(users) == 1 and users[0].target is aten.sum.dim_IntList
+
+
+def _is_logsumexp(exp: Node) -> bool:
+    inner = exp.args[0]
+    return isinstance(inner, Node) and inner.target is aten.sub.Tensor and _lse_of(inner) is not None
+
+
+def _lse_of(sub: Node) -> Node | None:
+    lse = sub.args[1]
+    same = isinstance(lse, Node) and lse.target is aten.logsumexp.default and lse.args[0] is sub.args[0]
+    return lse if same else None  # type: ignore[return-value]
+
+
+Found = tuple[Element, int, tuple[Element, ...], str]
+
+
+def _weights(anchor: Node, weights: Expr, denominator: Expr | None) -> Found | Refusal | None:
+    """The element of the anchor that the weights are, the softmax dimension, the sinks, and the form."""
+    if not isinstance(weights, Element):
+        return None
+    rank = len(shape_of(anchor))
+    if weights.node is anchor and anchor.target is not aten.exp.default:
+        return (weights, anchor.args[1] % rank, (), "softmax") if denominator is None else None
+    if weights.node is not anchor:
+        quotient = step(weights)
+        if denominator is not None or not isinstance(quotient, Apply) or quotient.op != "div":
+            return None
+        denominator = quotient.args[1]
+        numerator = strip(quotient.args[0])
+        if not isinstance(numerator, Element) or numerator.node is not anchor:
+            return None
+        weights = numerator
+    if denominator is None:
+        if not _is_logsumexp(anchor):
+            return None
+        sub = anchor.args[0]
+        lse = _lse_of(sub)
+        dims = lse.args[1]
+        dims = dims if isinstance(dims, (list, tuple)) else [dims]
+        if len(dims) != 1 or not (len(lse.args) > 2 and lse.args[2]):
+            return None
+        return weights, dims[0] % rank, (), "exp"
+    return _normaliser(anchor, weights, strip(denominator))
+
+
+def _normaliser(anchor: Node, weights: Element, denominator: Expr) -> Found | Refusal | None:
+    """Check that the denominator is the sum of the very same exponentials, plus exponentials of sinks."""
+    total = step(denominator) if isinstance(denominator, Element) else denominator
+    sinks: list[Element] = []
+    if isinstance(total, Apply) and total.op == "add":
+        parts = [strip(a) for a in total.args]
+        sums = [p for p in parts if isinstance(p, Element) and isinstance(step(p), Reduce)]
+        others = [p for p in parts if p not in sums]
+        if len(sums) != 1 or len(others) != 1 or not isinstance(others[0], Element):
+            return Refusal("the denominator is not the sum of the weights", anchor)
+        if others[0].node.target is not aten.exp.default:
+            return Refusal("the denominator has a term that is no exponential", anchor)
+        sinks.append(Element(others[0].node.args[0], others[0].index))
+        total = step(sums[0])
+    if not (isinstance(total, Reduce) and total.kind == "sum"):
+        return Refusal("the denominator is not the sum of the weights", anchor)
+    body = strip(total.body)
+    if not isinstance(body, Element) or body.node is not anchor:
+        return Refusal("the denominator sums something else than the weights", anchor)
+    dims = [k for k, ix in enumerate(body.index) if total.var in ix.vars()]
+    if len(dims) != 1 or body.index[dims[0]] != Index.of(total.var):
+        return Refusal("the denominator is summed along several dimensions", anchor)
+    dim = dims[0]
+    if any(a != b for k, (a, b) in enumerate(zip(weights.index, body.index, strict=True)) if k != dim):
+        return Refusal("weights and denominator belong to different rows", anchor)
+    return weights, dim, tuple(sinks), "exp"

@@ -1,0 +1,41 @@
+"""Reports that are being filled: everything the backend compiles inside ``with collect() as report``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch._dynamo.utils as dynamo_utils
+
+from .report import Report
+
+_active: list[Report] = []
+
+
+def active_reports() -> list[Report]:
+    return list(_active)
+
+
+@contextmanager
+def collect() -> Iterator[Report]:
+    """Collect what the backend does inside the block: several calls, `generate()`, decode steps.
+
+    What was compiled before the block is not seen again; call ``torch._dynamo.reset()`` first to start afresh.
+    """
+    report = Report()
+    breaks = dict(dynamo_utils.counters["graph_break"])
+    metrics = len(dynamo_utils.get_compilation_metrics())
+    _active.append(report)
+    try:
+        yield report
+    finally:
+        _active.remove(report)
+        for reason, count in dynamo_utils.counters["graph_break"].items():
+            new = count - breaks.get(reason, 0)
+            if new > 0:
+                first = reason.strip().splitlines()[0]
+                report.graph_breaks.append(first if new == 1 else f"{first} ({new} times)")
+        for metric in dynamo_utils.get_compilation_metrics()[metrics:]:
+            why = getattr(metric, "recompile_reason", None)
+            if why:
+                report.recompiles.append(" ".join(str(why).split()))

@@ -1,0 +1,212 @@
+"""The doctor: what this machine has, what is missing and how to install it, and what each op would use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import arch as arch_records
+from .arch import Arch
+from .ops import OPS
+from .registry import Call, kernels
+
+Level = Literal["ok", "note", "broken"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the findings. `advice` is a command or a sentence; only ``broken`` fails the run."""
+
+    name: str
+    level: Level
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package and the versions that this release is tested with: ``low <= version < high``."""
+
+    package: str
+    low: tuple[int, ...]
+    high: tuple[int, ...] | None
+    needed: bool
+    install: str
+
+    @property
+    def span(self) -> str:
+        low = ".".join(map(str, self.low))
+        return f">={low}" + (f",<{'.'.join(map(str, self.high))}" if self.high else "")
+
+
+# The same ranges as in pyproject.toml; a test holds them together.
+REQUIREMENTS = (
+    Requirement("torch", (2, 11), (2, 14), True, 'pip install "torch>=2.11,<2.14"'),
+    Requirement("triton", (3, 6), None, platform.system() == "Linux", 'pip install "triton>=3.6"'),
+    Requirement("transformers", (5, 17), (5, 24), False, 'pip install "transformers>=5.17,<5.24"'),
+    Requirement("flashinfer-python", (0, 6, 8), None, False, 'pip install "flashinfer-python>=0.6.8"'),
+)
+
+
+def check_package(requirement: Requirement) -> Check:
+    """Whether a package is installed in a supported version."""
+    r = requirement
+    try:
+        version = importlib.metadata.version(r.package)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(r.package, "broken" if r.needed else "note", "not installed", r.install)
+    parts = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
+    if parts < r.low or (r.high is not None and parts >= r.high):
+        return Check(r.package, "broken" if r.needed else "note", f"{version}, supported {r.span}", r.install)
+    return Check(r.package, "ok", f"{version} (supported {r.span})")
+
+
+def check_device() -> Check:
+    """The CUDA device, if any, and whether this package is made for it."""
+    if not torch.cuda.is_available():
+        build = "a CPU build of torch" if torch.version.cuda is None else "torch finds no CUDA device"
+        advice = "a CPU runs every model, for trying out and for tests; speed needs an NVIDIA GPU"
+        return Check("device", "note", f"CPU ({build})", advice)
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    found = f"{name}, compute capability {capability[0]}.{capability[1]}"
+    arch = arch_records.of_device()
+    if arch.family != "sm12x":
+        return Check("device", "note", found, "not an SM12x card: everything runs, the tuning is for SM12x")
+    return Check("device", "ok", found)
+
+
+def check_compiler() -> Check:
+    """Inductor compiles C++ for the CPU."""
+    for name in ("g++", "c++", "clang++"):
+        path = shutil.which(name)
+        if path:
+            return Check("C++ compiler", "ok", path)
+    level: Level = "note" if torch.cuda.is_available() else "broken"
+    advice = "apt-get install g++   (without one, a CPU needs options={'codegen': 'eager'})"
+    return Check("C++ compiler", level, "none found", advice)
+
+
+def check_backend() -> Check:
+    """Whether ``torch.compile(..., backend="sm12x")`` finds us by name."""
+    if "sm12x" in torch.compiler.list_backends():
+        return Check("backend", "ok", 'listed: torch.compile(model, backend="sm12x")')
+    return Check("backend", "broken", "not listed by torch.compiler.list_backends()",
+                 "pip install -e .   (or pass backend=sm12x_compile.sm12x)")  # fmt: skip
+
+
+def check_arch(name: str) -> Check:
+    """Which record of facts the lowering plans with."""
+    arch, planned = _arch(name)
+    facts = ""
+    if arch.is_cuda:
+        facts = f" ({arch.target}): {arch.sm_count} SMs, {arch.smem_per_block:,} B of shared memory a block"
+    return Check("arch", "ok", arch.name + facts, "planned: not the device at hand" if planned else "")
+
+
+def _arch(name: str) -> tuple[Arch, bool]:
+    return arch_records.resolve(name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def checks(arch: str = "auto") -> list[Check]:
+    """Everything the doctor looks at, in the order it prints.
+
+    Raises:
+        ValueError: `arch` is not a known name.
+    """
+    found = [check_device(), check_arch(arch), Check("python", "ok", platform.python_version())]
+    found += [check_package(requirement) for requirement in REQUIREMENTS]
+    return [*found, check_compiler(), check_backend()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one op would use for a sample call: the first kernel that accepts, and why others did not."""
+
+    op: str
+    sample: str
+    kernel: str | None
+    refused: list[tuple[str, str]]
+
+
+def _samples() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(op, what it stands for, arguments): shapes of an 8B-parameter decoder. Run under a fake mode."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def rows(heads: int, length: int) -> torch.Tensor:
+        return torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device=device)
+
+    cache = rows(8, 4096)
+    filled = torch.empty((), dtype=torch.int64, device=device)
+    sinks = torch.empty(32, dtype=torch.bfloat16, device=device)
+    prompt, token = rows(32, 2048), rows(32, 1)
+    keys = rows(8, 2048)
+    yield "attention", "prompt, causal", dict(q=prompt, k=keys, v=keys, scale=0.088, causal=True)
+    yield "attention", "prompt, window and sinks", dict(
+        q=prompt, k=keys, v=keys, scale=0.088, causal=True, window_left=127, sinks=sinks)  # fmt: skip
+    yield "attention", "prompt, softcap", dict(
+        q=prompt, k=keys, v=keys, scale=0.088, causal=True, softcap=50.0)  # fmt: skip
+    yield "attention", "one token, static cache", dict(
+        q=token, k=cache, v=cache, scale=0.088, causal=True, q_offset=filled)  # fmt: skip
+
+
+def choices(arch: str = "auto") -> list[Choice]:
+    """For every semantic op, which kernel would run a few sample calls here, and why the others declined.
+
+    Raises:
+        ValueError: `arch` is not a known name.
+    """
+    from . import lowering  # noqa: F401  (registers the kernels)
+
+    record, _ = _arch(arch)
+    found = []
+    with FakeTensorMode():
+        samples = list(_samples())
+    for op, sample, given in samples:
+        bound = OPS[op].signature.bind(**given)
+        bound.apply_defaults()
+        call = Call(op, dict(bound.arguments))
+        refused: list[tuple[str, str]] = []
+        chosen = None
+        for kernel in kernels(op):
+            verdict = kernel.accepts(call, record)
+            if verdict:
+                chosen = chosen or kernel.name
+            else:
+                refused.append((kernel.name, getattr(verdict, "reason", "declined")))
+        found.append(Choice(op, sample, chosen, refused))
+    return found
+
+
+def render(found: list[Check], ops: list[Choice]) -> Group:
+    """Both lists as rich tables."""
+    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[red]BROKEN[/]"}
+    machine = Table(title="this machine", title_justify="left")
+    for column in ("", "what", "found", "what to do"):
+        machine.add_column(column, overflow="fold")
+    for check in found:
+        machine.add_row(marks[check.level], check.name, check.found, check.advice)
+    kernel_table = Table(title="what each op would use here", title_justify="left")
+    for column in ("op", "call", "kernel", "declined, and why"):
+        kernel_table.add_column(column, overflow="fold")
+    for choice in ops:
+        why = "\n".join(f"{name}: {reason}" for name, reason in choice.refused)
+        kernel_table.add_row(choice.op, choice.sample, choice.kernel or "-", why)
+    return Group(machine, kernel_table)
+
+
+def to_dict(found: list[Check], ops: list[Choice]) -> dict[str, Any]:
+    return {"checks": [asdict(c) for c in found], "ops": [asdict(o) for o in ops]}
+
+
+def healthy(found: list[Check]) -> bool:
+    return not any(check.level == "broken" for check in found)

@@ -1,0 +1,144 @@
+"""Pointwise ops, constants and positions: what an element is computed from, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .expr import MEANING, Apply, Element, Expr, Number, Position, broadcast, rule
+from .index import Index, size_of
+from .layout import Indices
+
+aten = torch.ops.aten
+
+
+def _apply(op: str, count: int) -> Callable[[Node, Indices], Expr | None]:
+    def meaning(node: Node, index: Indices) -> Expr | None:
+        if node.kwargs.get("rounding_mode") is not None:
+            return None
+        args = [broadcast(a, index) for a in node.args[:count]]
+        alpha = node.kwargs.get("alpha", node.args[2] if op in ("add", "sub") and len(node.args) > 2 else 1)
+        if alpha != 1 and op in ("add", "sub"):
+            args[1] = Apply("mul", (args[1], Number(alpha)), node)
+        return Apply(op, tuple(args), node)
+
+    return meaning
+
+
+_BINARY: dict[str, tuple[Any, ...]] = {
+    "add": (aten.add.Tensor, aten.add.Scalar),
+    "sub": (aten.sub.Tensor, aten.sub.Scalar),
+    "mul": (aten.mul.Tensor, aten.mul.Scalar),
+    "div": (aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor),
+    "floordiv": (aten.floor_divide.default,),
+    "pow": (aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor),
+    "maximum": (aten.maximum.default,),
+    "minimum": (aten.minimum.default,),
+    "le": (aten.le.Tensor, aten.le.Scalar),
+    "lt": (aten.lt.Tensor, aten.lt.Scalar),
+    "ge": (aten.ge.Tensor, aten.ge.Scalar),
+    "gt": (aten.gt.Tensor, aten.gt.Scalar),
+    "eq": (aten.eq.Tensor, aten.eq.Scalar),
+    "ne": (aten.ne.Tensor, aten.ne.Scalar),
+    "and": (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default),
+    "or": (aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default),
+    "xor": (aten.bitwise_xor.Tensor, aten.logical_xor.default, aten.__xor__.Tensor),
+}  # fmt: skip
+_UNARY: dict[str, tuple[Any, ...]] = {
+    "neg": (aten.neg.default,),
+    "not": (aten.logical_not.default, aten.bitwise_not.default),
+    "exp": (aten.exp.default,),
+    "log": (aten.log.default,),
+    "tanh": (aten.tanh.default,),
+    "abs": (aten.abs.default,),
+    "sqrt": (aten.sqrt.default,),
+    "rsqrt": (aten.rsqrt.default,),
+}
+for _count, _table in ((2, _BINARY), (1, _UNARY)):
+    for _op, _overloads in _table.items():
+        for _overload in _overloads:
+            MEANING[_overload] = _apply(_op, _count)
+
+
+@rule(aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(node: Node, index: Indices) -> Expr | None:
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2:
+        return None
+    return Apply("sub", (broadcast(node.args[1], index), broadcast(node.args[0], index)), node)
+
+
+@rule(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+def _where(node: Node, index: Indices) -> Expr | None:
+    return Apply("where", tuple(broadcast(a, index) for a in node.args[:3]), node)
+
+
+@rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+def _masked_fill(node: Node, index: Indices) -> Expr | None:
+    x, mask, value = (broadcast(a, index) for a in node.args[:3])
+    return Apply("where", (mask, value, x), node)
+
+
+@rule(aten._to_copy.default)
+def _cast(node: Node, index: Indices) -> Expr | None:
+    if node.args[0].meta["val"].device != node.meta["val"].device:
+        return None
+    return Apply("cast", (Element(node.args[0], index),), node, node.meta["val"].dtype)
+
+
+@rule(aten.copy.default)
+def _copy(node: Node, index: Indices) -> Expr | None:
+    return Apply("cast", (broadcast(node.args[1], index),), node, node.meta["val"].dtype)
+
+
+@rule(aten.tril.default, aten.triu.default)
+def _triangle(node: Node, index: Indices) -> Expr | None:
+    diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+    below = Position(index[-1] - index[-2])
+    op = "le" if node.target is aten.tril.default else "ge"
+    keep = Apply(op, (below, Position(Index(None, size_of(diagonal)))), node)
+    zero = Number(False if node.meta["val"].dtype == torch.bool else 0)
+    return Apply("where", (keep, Element(node.args[0], index), zero), node)
+
+
+def _number(value: Any, dtype: torch.dtype) -> Number:
+    return Number(bool(value) if dtype == torch.bool else value)
+
+
+@rule(aten.full.default, aten.full_like.default, aten.new_full.default, aten.fill.Scalar, aten.scalar_tensor.default)
+def _full(node: Node, index: Indices) -> Expr | None:
+    at = {aten.new_full.default: 2, aten.scalar_tensor.default: 0}.get(node.target, 1)
+    value = node.args[at] if len(node.args) > at else node.kwargs.get("fill_value")
+    if isinstance(value, Node):
+        return broadcast(value, index)
+    return _number(value, node.meta["val"].dtype)
+
+
+@rule(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+def _zeros(node: Node, index: Indices) -> Expr | None:
+    return _number(0, node.meta["val"].dtype)
+
+
+@rule(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def _ones(node: Node, index: Indices) -> Expr | None:
+    return _number(1, node.meta["val"].dtype)
+
+
+@rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def _arange(node: Node, index: Indices) -> Expr | None:
+    if node.meta["val"].dtype.is_floating_point:
+        return None
+    start = size_of(node.args[0]) if len(node.args) > 1 else 0
+    stride = size_of(node.args[2]) if len(node.args) > 2 else 1
+    return Position(index[0] * stride + start)
+
+
+@rule("get_attr")
+def _constant(node: Node, index: Indices) -> Expr | None:
+    """A one-element tensor constant of the graph (`torch.tensor(8.0)` in the user's code)."""
+    assert node.graph.owning_module is not None
+    value = getattr(node.graph.owning_module, str(node.target), None)
+    real = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+    return Number(value.item()) if real and value.numel() == 1 else None  # type: ignore[union-attr]

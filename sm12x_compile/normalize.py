@@ -1,0 +1,179 @@
+"""Dynamo's graph → normal form: functional, pre-dispatch ATen.
+
+Dynamo's own graph has in-place writes with *no edge* from a cache update to the attention that reads the cache;
+post-AOT ATen has lost `scaled_dot_product_attention`, `linear` and `matmul`. Between them lies this form: one
+op vocabulary, every write a value, symbolic sizes intact. Mutated inputs become `copy_` nodes at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+import torch.utils._pytree as pytree
+from torch._ops import HigherOrderOperator
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+aten = torch.ops.aten
+
+
+class NotNormalizable(Exception):
+    """The graph must stay as Dynamo gave it; the message says why, for the report."""
+
+
+# Mode switches that Dynamo leaves in a graph. Under inference they change nothing that we keep.
+_GRAD_SWITCHES = {
+    torch._C._set_grad_enabled,
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+}
+
+
+def example_value(node: Node) -> Any:
+    """The fake value that Dynamo or make_fx left on a node."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def normalize(gm: GraphModule) -> GraphModule:
+    """Retrace `gm` into the normal form.
+
+    Returns:
+        A graph module with the same placeholders, whose nodes are functional ATen calls with ``meta["val"]``,
+        ``nn_module_stack`` and ``stack_trace``, followed by one ``aten.copy_`` a mutated input.
+
+    Raises:
+        NotNormalizable: higher-order ops, vmap, autocast, aliased mutations, subclasses, or no fake inputs.
+    """
+    _refuse_unsupported(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    fakes = [example_value(n) for n in placeholders]
+    mode = _fake_mode(fakes)
+    tensors = [f for f in fakes if isinstance(f, torch.Tensor)]
+    if any(t.layout != torch.strided for t in tensors):
+        raise NotNormalizable("an input is a sparse or otherwise non-strided tensor")
+    mutated: list[int] = []
+
+    def functional(*args: Any) -> Any:
+        # Pre-dispatch tracing functionalises in Python; the C++ key must not do it a second time.
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with torch._C._ExcludeDispatchKeyGuard(keys), FunctionalTensorMode(pre_dispatch=True, export=True):
+            wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
+            out = _WithoutGradSwitches(gm).run(*wrapped)
+            result = pytree.tree_map_only(FunctionalTensor, _unwrap, out)
+            written = [
+                (i, _unwrap(a))
+                for i, a in enumerate(wrapped)
+                if isinstance(a, FunctionalTensor) and torch._functionalize_has_data_mutation(a.elem)
+            ]
+        for i, value in written:
+            args[i].copy_(value)
+        mutated.extend(i for i, _ in written)
+        return result
+
+    with mode, torch.no_grad(), fx_traceback.preserve_node_meta(), _quiet_autocast():
+        normal = make_fx(
+            functional, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        )(*fakes)  # fmt: skip
+    _refuse_aliased_mutations(gm, placeholders, mutated)
+    for node in list(normal.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            normal.graph.erase_node(node)
+    _carry_over(gm, normal)
+    normal.recompile()
+    return normal
+
+
+class _WithoutGradSwitches(torch.fx.Interpreter):
+    """Runs the graph with grad-mode switches left out: the backend only gets here when nothing needs gradients."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _GRAD_SWITCHES:
+            return None
+        return super().call_function(target, args, kwargs)
+
+
+def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+def _fake_mode(fakes: list[Any]) -> Any:
+    for fake in fakes:
+        if isinstance(fake, torch._subclasses.FakeTensor):
+            return fake.fake_mode
+    context = torch._guards.TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    raise NotNormalizable("the graph has no fake tensors to trace with")
+
+
+@contextmanager
+def _quiet_autocast() -> Iterator[None]:
+    """An ambient autocast was refused already; a cache entry of one must not leak into the trace."""
+    torch.clear_autocast_cache()
+    yield
+
+
+def _refuse_unsupported(gm: GraphModule) -> None:
+    """Look for what fails in normalising *before* trying: an exception inside vmap leaves a functorch level behind."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise NotNormalizable("autocast is on; convert the model instead: model.to(torch.bfloat16)")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotNormalizable("the graph is traced inside a functorch transform")
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "get_attr"):
+            target = node.target
+            if isinstance(target, HigherOrderOperator):
+                raise NotNormalizable(f"contains the higher-order op {target.name()}")
+            name = getattr(target, "__qualname__", None) or getattr(target, "__name__", "") or ""
+            module = getattr(target, "__module__", "") or ""
+            if "autocast" in name:
+                raise NotNormalizable("contains an autocast region; convert the model: model.to(torch.bfloat16)")
+            if "vmap" in name or "_functorch" in module:
+                raise NotNormalizable(f"contains code under torch.vmap or another functorch transform ({name})")
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = example_value(node)
+        if isinstance(value, torch.Tensor) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):
+            raise NotNormalizable(f"input {node.name} is a tensor subclass")
+
+
+def _refuse_aliased_mutations(gm: GraphModule, placeholders: list[Node], mutated: list[int]) -> None:
+    """A mutated input that shares storage with another input, or with an output, came out wrong."""
+    if not mutated:
+        return
+    storages = [_storage(example_value(n)) for n in placeholders]
+    written = {storages[i] for i in mutated} - {None}
+    for i, storage in enumerate(storages):
+        if storage in written and storages.count(storage) > 1:
+            raise NotNormalizable(f"mutated input {placeholders[i].name} shares storage with another input")
+    outputs = pytree.tree_leaves(gm.graph.output_node().args)
+    for out in outputs:
+        if isinstance(out, Node) and _storage(example_value(out)) in written:
+            raise NotNormalizable(f"output {out.name} is a view of an input that the graph writes")
+
+
+def _storage(value: Any) -> int | None:
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        return value.untyped_storage()._cdata
+    return None
+
+
+def _carry_over(gm: GraphModule, normal: GraphModule) -> None:
+    """Keep Dynamo's knowledge of the inputs: without it CUDA graphs copy every weight at each step."""
+    if "dynamo_compile_id" in gm.meta:
+        normal.meta["dynamo_compile_id"] = gm.meta["dynamo_compile_id"]
+    for attribute in ("_param_name_to_source", "_dynamo_output_graph"):
+        if hasattr(gm, attribute):
+            setattr(normal, attribute, getattr(gm, attribute))
+    pairs = zip(gm.graph.find_nodes(op="placeholder"), normal.graph.find_nodes(op="placeholder"), strict=True)
+    for old, new in pairs:
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        for key in ("tensor_dict", "steal_arg", "grapharg"):
+            if key in old.meta:
+                new.meta[key] = old.meta[key]

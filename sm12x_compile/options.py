@@ -1,0 +1,119 @@
+"""The options of `torch.compile(model, backend="sm12x", options={...})`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from . import arch as arch_records
+
+
+class OptionError(ValueError):
+    """An option is unknown, malformed or not available yet; the message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to compile. Every field may be given through ``options={...}``; the default stands first.
+
+    Attributes:
+        arch: ``auto``, a card (``rtx5090``, ``rtxpro6000``, ``gb10``, ``h200``, ``h100``, ``b200``, ``a100``,
+            ``cpu``) or a family (``sm120``, ``sm121``, ...). Anything but the device at hand only *plans*:
+            the report names the kernels that the card would get, and the graph runs the reference.
+        codegen: ``inductor``, or ``eager`` (interpreted: quick to compile, easy to debug).
+        cuda_graphs: ``auto``, True or False.
+        capture: whether known reference functions become one node while tracing.
+        select: ``auto`` (``static`` for now) or ``static``: the first kernel in order of merit that accepts.
+        verify: ``auto`` or False.
+        patterns: names of patterns to use, or to leave out when they begin with ``-``; None means all.
+        kernels: names of kernels to use, or to leave out when they begin with ``-``; None means all.
+        moe_weights: ``keep``.
+    """
+
+    arch: str = "auto"
+    codegen: str = "inductor"
+    cuda_graphs: bool | str = "auto"
+    capture: bool = True
+    select: str = "auto"
+    verify: bool | str = "auto"
+    patterns: tuple[str, ...] | None = None
+    kernels: tuple[str, ...] | None = None
+    moe_weights: str = "keep"
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any] | None) -> Options:
+        """Options from a user's mapping.
+
+        Raises:
+            OptionError: an unknown key, a value outside the table above, or a value of a later release.
+        """
+        given = dict(given or {})
+        known = {f.name for f in fields(cls)}
+        for key in given:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise OptionError(f"unknown option {key!r}{hint}; known options: {', '.join(sorted(known))}")
+        for key in ("patterns", "kernels"):
+            if key in given:
+                given[key] = _names(key, given[key])
+        options = cls(**given)
+        options._validate()
+        return options
+
+    def _validate(self) -> None:
+        _one_of("codegen", self.codegen, ("inductor", "eager"))
+        _one_of("cuda_graphs", self.cuda_graphs, ("auto", True, False))
+        _one_of("capture", self.capture, (True, False))
+        _one_of("select", self.select, ("auto", "static"), later={"race": "use 'static'"})
+        _one_of("verify", self.verify, ("auto", False), later={True: "use assert_rewritten or compare by hand"})
+        _one_of("moe_weights", self.moe_weights, ("keep",), later={"mxfp4": "use 'keep'"})
+        if not isinstance(self.arch, str):
+            raise OptionError(f"option 'arch' takes a name, got {self.arch!r}")
+        if self.arch != "auto":
+            try:
+                arch_records.by_name(self.arch)
+            except ValueError as error:
+                raise OptionError(f"option 'arch': {error}") from None
+        if self.codegen == "eager" and self.cuda_graphs is True:
+            raise OptionError("cuda_graphs=True needs codegen='inductor'; with codegen='eager' leave it 'auto'")
+
+    def wants_pattern(self, name: str) -> bool:
+        return _selected(name, self.patterns)
+
+    def wants_kernel(self, name: str) -> bool:
+        return _selected(name, self.kernels)
+
+
+def _one_of(key: str, value: object, allowed: tuple[object, ...], later: Mapping[object, str] | None = None) -> None:
+    # `is` for booleans: 1 == True, and an option given as 1 is a mistake worth naming.
+    if any(value is a or (isinstance(a, str) and value == a) for a in allowed):
+        return
+    if later and isinstance(value, (str, bool)) and value in later:
+        raise OptionError(f"option {key}={value!r} is not available in this release; {later[value]}")
+    raise OptionError(f"option {key}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+
+
+def _names(key: str, value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, Iterable):
+        names = tuple(value)
+        if all(isinstance(n, str) and n.lstrip("-") for n in names):
+            allow = [n for n in names if not n.startswith("-")]
+            if allow and len(allow) != len(names):
+                raise OptionError(f"option {key!r}: either allow ({allow[0]!r}) or deny ('-name'), not both")
+            return names
+    raise OptionError(f"option {key!r} takes names such as ['attention'] or ['-attention'], got {value!r}")
+
+
+def _selected(name: str, names: tuple[str, ...] | None) -> bool:
+    if names is None:
+        return True
+    if "-" + name in names:
+        return False
+    return name in names or (bool(names) and all(n.startswith("-") for n in names))

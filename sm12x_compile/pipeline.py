@@ -1,0 +1,150 @@
+"""Normal form → semantic ops → kernels, on one graph."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from .arch import Arch, resolve
+from .lowering.select import lower
+from .match import GraphView, Refusal, Rewrite, module_of, source_of
+from .normalize import example_value, normalize
+from .options import Options
+from .registry import Pattern, patterns
+from .report import Report, Site
+
+logger = logging.getLogger("sm12x_compile")
+aten = torch.ops.aten
+
+
+@dataclass
+class Transformed:
+    """A rewritten graph and what there is to say about it."""
+
+    graph: GraphModule
+    sites: list[Site]
+
+
+def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
+    """Rewrite one graph of Dynamo's.
+
+    Raises:
+        NotNormalizable: the graph must stay as it is.
+    """
+    started = time.perf_counter()
+    normal = normalize(gm)
+    normalized = time.perf_counter()
+    device = device_of(gm)
+    run_arch, _ = resolve("auto", device)
+    plan_arch, planned = resolve(options.arch, device)
+    report.arch, report.planned = plan_arch.name, planned
+    found = recognise(normal, options)
+    matched = time.perf_counter()
+    sites = [site for site, _ in found]
+    calls = [(site, call) for site, call in found if call is not None]
+    lower(normal, calls, options, run_arch, plan_arch)
+    clean(normal)
+    normal.graph.lint()
+    normal.recompile()
+    report.add_seconds("normalize", normalized - started)
+    report.add_seconds("match", matched - normalized)
+    report.add_seconds("lower", time.perf_counter() - matched)
+    return Transformed(normal, sites)
+
+
+def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | None]]:
+    """Run every wanted pattern over the graph; rewrite what matches.
+
+    Returns:
+        A site for every anchor that a pattern had something to say about, with the call of the semantic op if
+        it was rewritten.
+    """
+    view = GraphView(normal)
+    found: list[tuple[Site, Node | None]] = []
+    wanted = [p for p in patterns() if options.wants_pattern(p.name)]
+    for pattern in wanted:
+        for anchor in list(normal.graph.nodes):
+            if anchor.op != "call_function" or anchor.target not in pattern.anchors or not anchor.users:
+                continue
+            outcome = _try(pattern, anchor, view)
+            if outcome is not None:
+                found.append(outcome)
+        clean(normal)
+    return found
+
+
+def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | None] | None:
+    """One pattern at one anchor; whatever it added to the graph in vain is taken out again."""
+    before = set(view.graph.nodes)
+    try:
+        outcome = pattern.recognise(anchor, view)
+    except Exception as error:  # a pattern's bug must not fail the user's model
+        logger.warning("pattern %s failed at %s: %s", pattern.name, anchor.name, error, exc_info=True)
+        outcome = Refusal(f"the pattern itself failed ({type(error).__name__}: {error}); please report it", anchor)
+    if isinstance(outcome, Rewrite):
+        site = Site(
+            pattern.name, _op_name(outcome.call), module_of(anchor), source_of(anchor), dict(outcome.tags)
+        )
+        outcome.value.meta.setdefault("nn_module_stack", anchor.meta.get("nn_module_stack"))
+        for node in (outcome.call, outcome.value):
+            for key in ("nn_module_stack", "stack_trace"):
+                if key in anchor.meta:
+                    node.meta[key] = anchor.meta[key]
+        outcome.node.replace_all_uses_with(outcome.value, delete_user_cb=lambda user: user not in _added(view, before))
+        logger.info("%s: %s -> %s %s", site.module or site.source, pattern.name, site.op, dict(outcome.tags))
+        return site, outcome.call
+    for node in reversed(list(view.graph.nodes)):
+        if node not in before and not node.users:
+            view.graph.erase_node(node)
+    if outcome is None:
+        return None
+    where = outcome.node if outcome.node is not None and outcome.node.meta.get("stack_trace") else anchor
+    site = Site(
+        pattern.name, None, module_of(anchor) or module_of(where), source_of(where), dict(outcome.tags),
+        status="near-miss", reason=outcome.reason,
+    )  # fmt: skip
+    logger.info("%s: near miss of %s: %s", site.module or site.source, pattern.name, site.reason)
+    return site, None
+
+
+def _added(view: GraphView, before: set[Node]) -> set[Node]:
+    return {n for n in view.graph.nodes if n not in before}
+
+
+def _op_name(call: Node) -> str:
+    target = call.target
+    return target.name().removesuffix(".default") if isinstance(target, torch._ops.OpOverload) else str(target)
+
+
+def clean(normal: GraphModule) -> None:
+    """Remove what nothing reads, but keep writes and the order of random numbers."""
+    normal.graph.eliminate_dead_code(is_impure_node=_has_effect)
+
+
+def _has_effect(node: Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target is aten.dropout.default:
+        return bool(node.args[1]) and bool(node.args[2])
+    if target is aten.scaled_dot_product_attention.default:
+        return bool(node.args[4]) if len(node.args) > 4 else bool(node.kwargs.get("dropout_p", 0))
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def device_of(gm: GraphModule) -> torch.device:
+    """The device that the graph computes on: that of its first CUDA input, else the CPU."""
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = example_value(node)
+        if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+            return value.device
+    return torch.device("cpu")
+
+
+__all__ = ["Arch", "Transformed", "recognise", "transform"]

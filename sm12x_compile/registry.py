@@ -1,0 +1,187 @@
+"""Where patterns and kernels are registered, by this package and from outside it.
+
+A *pattern* is a function called for every node whose target is one of its anchors::
+
+    @register_pattern("silu_mul", anchors=[torch.ops.aten.mul.Tensor])
+    def silu_mul(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None: ...
+
+It answers with a `Rewrite` (replace this node by that op), a `Refusal` (nearly: here is what failed), or None
+(not my business). See `patterns/attention.py` and `examples/own_pattern_and_kernel.py`.
+
+A *kernel* is a function with the signature of a semantic op, and says which calls it accepts::
+
+    @register_kernel("attention", "mylib.attention", accepts=lambda call, arch: YES)
+    def my_attention(q, k, v, scale, *, causal=False, ...): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from .arch import Arch
+from .ops import OPS, define_custom_op
+
+if TYPE_CHECKING:
+    from .match import GraphView, Refusal, Rewrite
+
+
+@dataclass(frozen=True)
+class No:
+    """A kernel declines a call, in one sentence that goes into the report."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class _Yes:
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "YES"
+
+
+YES = _Yes()
+Verdict = _Yes | No
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a semantic op, as a kernel's `accepts` sees it.
+
+    ``call.q`` is the argument named q: a fake tensor (shape, stride, dtype, device; sizes may be symbolic) or a
+    plain value. ``call.hint(n)`` turns a size into an int.
+    """
+
+    op: str
+    arguments: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.arguments[name]
+        except KeyError:
+            raise AttributeError(f"{self.op} has no argument {name!r}") from None
+
+    @staticmethod
+    def hint(size: Any, default: int = 4096) -> int:
+        """An int for a size that may be symbolic (its hint, else `default`)."""
+        if isinstance(size, torch.SymInt):
+            hint = size.node.hint
+            return default if hint is None else int(hint)
+        return int(size)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute a semantic op. Kernels with higher `merit` are asked first."""
+
+    op: str
+    name: str
+    accepts: Callable[[Call, Arch], Verdict]
+    run: Callable[..., Any]
+    inline: bool
+    merit: int
+    overload: torch._ops.OpOverload | None
+
+
+PatternFunction = Callable[[Node, "GraphView"], "Rewrite | Refusal | None"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    name: str
+    anchors: frozenset[Any]
+    recognise: PatternFunction
+    merit: int
+
+
+_patterns: dict[str, Pattern] = {}
+_kernels: dict[str, list[Kernel]] = {}
+
+
+def register_pattern(
+    name: str, *, anchors: Sequence[Any], merit: int = 100
+) -> Callable[[PatternFunction], PatternFunction]:
+    """Register a recogniser; a name that exists is replaced, so a notebook cell can be run twice.
+
+    Args:
+        name: what the report and the option ``patterns`` call it.
+        anchors: targets (``torch.ops.aten...`` overloads) that the family cannot be written without.
+        merit: patterns with higher merit see the graph first; the built-in ones have 0.
+    """
+    if not anchors:
+        raise ValueError(f"pattern {name!r} needs at least one anchor, e.g. torch.ops.aten.softmax.int")
+
+    def register(function: PatternFunction) -> PatternFunction:
+        _patterns[name] = Pattern(name, frozenset(anchors), function, merit)
+        return function
+
+    return register
+
+
+def register_kernel(
+    op: str,
+    name: str,
+    *,
+    accepts: Callable[[Call, Arch], Verdict],
+    inline: bool = False,
+    merit: int = 100,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a kernel of a semantic op; a name that exists is replaced.
+
+    Args:
+        op: name of the semantic op, e.g. ``attention``.
+        name: what the report and the option ``kernels`` call it.
+        accepts: answers `YES` or ``No("why")`` for a call on an `Arch`.
+        inline: the function is plain PyTorch and is traced into the graph, where Inductor can fuse it;
+            otherwise it becomes an opaque custom op that shares the semantic op's fake.
+        merit: order of asking, highest first; the built-in ones lie between 0 and 50.
+
+    Raises:
+        ValueError: there is no such semantic op.
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}; semantic ops: {', '.join(sorted(OPS))}")
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        overload = None
+        if not inline:
+            meaning = OPS[op]
+            overload = define_custom_op(
+                _qualname(op, name), function, meaning.fake, meaning.mutates, meaning.schema
+            )
+        kernel = Kernel(op, name, accepts, function, inline, merit, overload)
+        others = [k for k in _kernels.get(op, []) if k.name != name]
+        _kernels[op] = sorted([*others, kernel], key=lambda k: -k.merit)
+        return function
+
+    return register
+
+
+def patterns() -> list[Pattern]:
+    """All patterns, those with the highest merit first."""
+    return sorted(_patterns.values(), key=lambda p: -p.merit)
+
+
+def kernels(op: str) -> list[Kernel]:
+    """The kernels of an op in order of merit."""
+    return list(_kernels.get(op, []))
+
+
+def unregister(name: str) -> None:
+    """Forget the pattern or kernel of this name."""
+    _patterns.pop(name, None)
+    for op, found in _kernels.items():
+        _kernels[op] = [k for k in found if k.name != name]
+
+
+def _qualname(op: str, name: str) -> str:
+    plain = "".join(c if c.isalnum() else "_" for c in name)
+    return f"sm12x_kernels::{op}__{plain}"

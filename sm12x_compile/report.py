@@ -1,0 +1,142 @@
+"""What happened to a model: the record that `explain` returns and prints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+Status = Literal["rewritten", "near-miss", "left"]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least that a site costs on the card planned for: max(bytes / bandwidth, FLOPs / rate)."""
+
+    bytes: float
+    flops: float
+    microseconds: float
+
+
+@dataclass
+class Site:
+    """One place in the model that a pattern looked at.
+
+    Attributes:
+        pattern: the pattern's name, e.g. ``attention``.
+        op: the semantic op it became, e.g. ``sm12x::attention``; None when it did not.
+        module: path of the user's module, e.g. ``model.layers.3.self_attn``.
+        source: the user's file and line.
+        tags: what was read off the subgraph (mask, scale, groups, ...).
+        kernel: the kernel that runs it.
+        refused: (kernel, why) for every candidate that declined.
+        status: ``rewritten``; ``near-miss`` (looks like the family, a condition failed: see `reason`);
+            ``left`` (recognised, but deliberately not rewritten).
+        floor: least cost on the card planned for; None where unknown.
+        reason: the first condition that failed, for a near-miss or a site left.
+        graph: index of the graph in the order of compilation.
+    """
+
+    pattern: str
+    op: str | None
+    module: str
+    source: str
+    tags: dict[str, Any] = field(default_factory=dict)
+    kernel: str | None = None
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    status: Status = "rewritten"
+    floor: Floor | None = None
+    reason: str | None = None
+    graph: int = 0
+
+
+@dataclass
+class Report:
+    """Everything that compiling (and running) a model told us. See the module `explain` for how it is filled."""
+
+    sites: list[Site] = field(default_factory=list)
+    captures: list[str] = field(default_factory=list)
+    code_rewrites: list[str] = field(default_factory=list)
+    graphs: int = 0
+    graph_breaks: list[str] = field(default_factory=list)
+    recompiles: list[str] = field(default_factory=list)
+    syncs: list[str] = field(default_factory=list)
+    cuda_graph: tuple[bool, str | None] = (False, None)
+    weights: list[dict[str, Any]] = field(default_factory=list)
+    races: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    planned: bool = False
+    arch: str = "cpu"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rewritten(self) -> list[Site]:
+        return [s for s in self.sites if s.status == "rewritten"]
+
+    @property
+    def near_misses(self) -> list[Site]:
+        return [s for s in self.sites if s.status == "near-miss"]
+
+    def count(self, pattern: str) -> int:
+        """How many sites of a pattern were rewritten."""
+        return sum(1 for s in self.rewritten if s.pattern == pattern)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def warn(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent, default=str)
+
+    def table(self) -> Table:
+        """The sites as a rich table; equal sites of repeated layers fold into one row."""
+        title = f"sm12x: {len(self.rewritten)} of {len(self.sites)} sites rewritten, {self.graphs} graph(s), "
+        title += f"{len(self.graph_breaks)} break(s), {'planned for' if self.planned else 'on'} {self.arch}"
+        table = Table(title=title, title_justify="left")
+        for column in ("site", "status", "read off the code", "kernel", "refused, or why not", "floor"):
+            table.add_column(column, overflow="fold")
+        for sites in _folded(self.sites):
+            site = sites[0]
+            name = site.module or site.source or "-"
+            if len(sites) > 1:
+                name += f"\n(and {len(sites) - 1} more like it)"
+            why = site.reason or "\n".join(f"{k}: {w}" for k, w in site.refused)
+            if site.status != "rewritten" and site.source:
+                why += f"\nat {site.source}"
+            floor = f"{site.floor.microseconds:.1f} us" if site.floor else ""
+            tags = ", ".join(f"{k}={v}" for k, v in site.tags.items())
+            table.add_row(name, site.status, f"{site.pattern}[{tags}]", site.kernel or "-", why, floor)
+        return table
+
+    def __str__(self) -> str:
+        out = StringIO()
+        console = Console(file=out, width=150, force_terminal=False, markup=False, highlight=False)
+        console.print(self.table())
+        for label, lines in (
+            ("graph break", self.graph_breaks), ("recompile", self.recompiles), ("host sync", self.syncs),
+            ("captured", self.captures), ("code rewritten", self.code_rewrites), ("warning", self.warnings),
+        ):  # fmt: skip
+            for line in lines:
+                console.print(f"{label}: {line}")
+        if self.cuda_graph[0] or self.cuda_graph[1]:
+            console.print(f"CUDA graph: {'yes' if self.cuda_graph[0] else 'no'}, {self.cuda_graph[1] or ''}")
+        return out.getvalue()
+
+
+def _folded(sites: list[Site]) -> list[list[Site]]:
+    """Sites grouped by everything but the module: a 32-layer model prints a few rows."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        key = repr((site.pattern, site.status, site.tags, site.kernel, site.refused, site.reason, site.graph))
+        groups.setdefault(key, []).append(site)
+    return list(groups.values())

@@ -1,0 +1,191 @@
+"""Random attention-like graphs and mutations of them: compiled must equal eager; refusing is always allowed.
+
+SM12X_FUZZ_CASES sets the number of graphs, SM12X_FUZZ_SEED the seed (without it the run in CI is derandomized
+and the nightly run draws a seed and prints it). A failure prints the `Spec` that rebuilds the graph.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import sm12x_compile
+
+from .graphs import attention_like
+from .operands import Inputs, draw_inputs
+from .spec import Spec, specs
+
+# Of the graphs that are plain attention this share must be rewritten, or the fuzz would prove nothing.
+LEAST_REWRITTEN = 0.6
+
+
+@dataclass
+class Tally:
+    rewritten: Counter[str] = field(default_factory=Counter)
+    seen: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, spec: Spec, report: sm12x_compile.Report) -> None:
+        kind = "mutated" if spec.mutations else "plain"
+        for key in (kind, *spec.mutations):
+            self.seen[key] += 1
+            self.rewritten[key] += bool(report.count("attention"))
+        if not spec.mutations and not report.count("attention"):
+            self.reasons[report.near_misses[0].reason or "" if report.near_misses else "nothing found"] += 1
+
+    @property
+    def share(self) -> float:
+        return self.rewritten["plain"] / max(1, self.seen["plain"])
+
+    def __str__(self) -> str:
+        lines = [f"{key}: {self.rewritten[key]} of {n} rewritten" for key, n in sorted(self.seen.items())]
+        lines += [f"plain, refused {n} times: {reason}" for reason, n in self.reasons.most_common(20)]
+        return "\n".join(lines)
+
+
+def outcome(function: Callable[[Inputs], Any], inputs: Inputs) -> list[Tensor]:
+    """What a call returns and what it leaves in its inputs, from one state of the random generator."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        result = function(inputs)
+    return [x.clone() for x in tree_leaves([result, inputs])]
+
+
+def tolerance(spec: Spec) -> float:
+    """How far two right answers may lie apart in fp64: 1e-9, more where the graph itself computes in less."""
+    if spec.has("weights_bf16"):
+        return 1e-2
+    if spec.softmax in ("float", "dtype"):
+        return 1e-5
+    return 1e-6 if spec.fill in ("1e9", "add_1e9", "add_1e4") else 1e-9
+
+
+def assert_right(spec: Spec, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
+    """fp64: equal within `tolerance`. fp32: our error against fp64 is at most twice eager's and 2e-5 more."""
+    assert len(ours) == len(eager)
+    for mine, theirs, truth in zip(ours, eager, exact, strict=True):
+        assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, spec
+        if not mine.is_floating_point():
+            assert torch.equal(mine, theirs), spec
+            continue
+        special = ~theirs.isfinite()
+        same = torch.equal(mine[special].nan_to_num(1.5), theirs[special].nan_to_num(1.5))
+        assert same and torch.equal(special, ~mine.isfinite()), f"NaN or inf differ in {spec}"
+        mine, theirs, truth = (x.double().masked_fill(special, 0.0) for x in (mine, theirs, truth))
+        size = 1.0 + _largest(theirs)
+        if spec.dtype == "float64":
+            assert _largest(mine - theirs) <= tolerance(spec) * size, (
+                f"{_largest(mine - theirs):.3g} in {spec}"
+            )
+        else:
+            least = 1e-2 if spec.has("weights_bf16") or spec.has("large_scores") else 2e-5
+            bound = 2 * _largest(theirs - truth) + least * size
+            assert _largest(mine - truth) <= bound, f"{_largest(mine - truth):.3g} > {bound:.3g} in {spec}"
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def check(spec: Spec, tally: Tally) -> None:
+    torch._dynamo.reset()
+    function = attention_like(spec)
+    compiled = torch.compile(function, backend=sm12x_compile.sm12x, options={"codegen": "eager"})
+    dtype = getattr(torch, spec.dtype)
+    with sm12x_compile.collect() as report:
+        # The second draw runs the code compiled for the first: nothing may be baked in from values.
+        for drawn in (spec, replace(spec, seed=spec.seed + 1000)):
+            inputs = draw_inputs(drawn, dtype)
+            wide = {k: x.double() if x.is_floating_point() else x.clone() for k, x in inputs.items()}
+            copies = {k: x.clone() for k, x in inputs.items()}
+            ours = outcome(compiled, copies)
+            assert_right(spec, ours, outcome(function, inputs), outcome(function, wide))
+    tally.add(spec, report)
+
+
+def fuzz(cases: int, seed: int | None) -> Tally:
+    tally = Tally()
+
+    @settings(
+        max_examples=cases, derandomize=seed is None, database=None, deadline=None, print_blob=False,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(specs())
+    def run(spec: Spec) -> None:
+        check(spec, tally)
+
+    run = hypothesis.seed(seed)(run) if seed is not None else run
+    run()
+    return tally
+
+
+def cases_wanted(default: int) -> int:
+    return int(os.environ.get("SM12X_FUZZ_CASES", default))
+
+
+def seed_wanted(default: int | None) -> int | None:
+    given_seed = os.environ.get("SM12X_FUZZ_SEED")
+    return int(given_seed) if given_seed else default
+
+
+def assert_tally(tally: Tally) -> None:
+    print(tally)
+    assert tally.seen["plain"] and tally.seen["mutated"]
+    assert tally.share >= LEAST_REWRITTEN, (
+        f"only {tally.share:.0%} of the plain graphs were rewritten:\n{tally}"
+    )
+
+
+def test_fuzz():
+    assert_tally(fuzz(cases_wanted(300), seed_wanted(None)))
+
+
+@pytest.mark.nightly
+def test_fuzz_nightly():
+    seed = seed_wanted(random.SystemRandom().randrange(2**32))
+    print(f"SM12X_FUZZ_SEED={seed}")
+    assert_tally(fuzz(cases_wanted(10_000), seed))
+
+
+# Graphs that once gave a wrong answer, or came close to it.
+REMEMBERED: list[Spec] = []
+
+
+@pytest.mark.parametrize("spec", REMEMBERED, ids=str)
+def test_remembered(spec: Spec):
+    check(spec, Tally())
+
+
+def test_every_mutation_changes_something():
+    """The mutations are not idle: each one changes the numbers of at least one graph."""
+    from .spec import MUTATIONS, fitted
+
+    base = (
+        Spec(masks=("causal_arange",), G=2, seed=1),
+        Spec(masks=("dense",), softmax="by_hand", fill="where_inf", seed=2, softcap=3.0, bias="heads"),
+        Spec(masks=("offset", "dense"), softmax="by_hand", fill="1e9", T=7, seed=3, combine="one_by_one"),
+        Spec(masks=("dense",), T=1, S=7, seed=5),
+        Spec(softmax="subtract_max", seed=4, masks=("causal_arange",), bias="whole"),
+    )
+    for mutation in MUTATIONS:
+        changed = False
+        for spec in base:
+            mutant = fitted(replace(spec, mutations=(mutation,)))
+            plain = fitted(replace(mutant, mutations=()))
+            a = outcome(attention_like(mutant), draw_inputs(mutant, torch.float64))
+            b = outcome(attention_like(plain), draw_inputs(plain, torch.float64))
+            changed |= len(a) != len(b) or any(
+                x.shape != y.shape or not torch.equal(x, y) for x, y in zip(a, b, strict=False)
+            )
+        assert changed, mutation
