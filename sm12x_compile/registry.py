@@ -11,13 +11,15 @@ It answers with a `Rewrite` (replace this node by that op), a `Refusal` (nearly:
 A *kernel* is a function with the signature of a semantic op, and says which calls it accepts::
 
     @register_kernel("attention", "mylib.attention", accepts=lambda call, arch: YES)
-    def my_attention(q, k, v, scale, *, causal=False, ...): ...
+    def my_attention(q, k, v, scale, causal=False, ...): ...
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,10 +66,11 @@ class Call:
     arguments: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self.arguments[name]
-        except KeyError:
-            raise AttributeError(f"{self.op} has no argument {name!r}") from None
+        # Not self.arguments: a copy asks for attributes before it has any.
+        arguments = self.__dict__.get("arguments", {})
+        if name not in arguments:
+            raise AttributeError(f"{self.__dict__.get('op')} has no argument {name!r}")
+        return arguments[name]
 
     @staticmethod
     def hint(size: Any, default: int = 4096) -> int:
@@ -104,6 +107,7 @@ class Pattern:
 
 _patterns: dict[str, Pattern] = {}
 _kernels: dict[str, list[Kernel]] = {}
+_qualnames: set[str] = set()
 
 
 def register_pattern(
@@ -145,7 +149,9 @@ def register_kernel(
         merit: order of asking, highest first; the built-in ones lie between 0 and 50.
 
     Raises:
-        ValueError: there is no such semantic op.
+        ValueError: there is no such semantic op, or the function's parameters are not the op's, in its order (an
+            opaque kernel gets its arguments by position; it may leave out the last ones if `accepts` declines
+            calls that give them).
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; semantic ops: {', '.join(sorted(OPS))}")
@@ -154,6 +160,7 @@ def register_kernel(
         overload = None
         if not inline:
             meaning = OPS[op]
+            _check_positional(op, name, function)
             overload = define_custom_op(
                 _qualname(op, name), function, meaning.fake, meaning.mutates, meaning.schema
             )
@@ -182,6 +189,22 @@ def unregister(name: str) -> None:
         _kernels[op] = [k for k in found if k.name != name]
 
 
+def _check_positional(op: str, name: str, function: Callable[..., Any]) -> None:
+    known = list(OPS[op].signature.parameters)
+    for position, parameter in enumerate(inspect.signature(function).parameters.values()):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            return
+        if parameter.kind is parameter.KEYWORD_ONLY or known[position : position + 1] != [parameter.name]:
+            raise ValueError(
+                f"kernel {name!r}: parameter {parameter.name!r} must be positional and in the order of {op!r}: "
+                f"{', '.join(known)}"
+            )
+
+
 def _qualname(op: str, name: str) -> str:
+    """A name that no kernel had before: graphs compiled with a kernel that is replaced still hold its op."""
     plain = "".join(c if c.isalnum() else "_" for c in name)
-    return f"sm12x_kernels::{op}__{plain}"
+    base = f"sm12x_kernels::{op}__{plain}"
+    qualname = next(q for q in chain([base], (f"{base}_{n}" for n in count(2))) if q not in _qualnames)
+    _qualnames.add(qualname)
+    return qualname

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Status = Literal["rewritten", "near-miss", "left"]
 
@@ -115,7 +116,8 @@ class Report:
                 why += f"\nat {site.source}"
             floor = f"{site.floor.microseconds:.1f} us" if site.floor else ""
             tags = ", ".join(f"{k}={v}" for k, v in site.tags.items())
-            table.add_row(name, site.status, f"{site.pattern}[{tags}]", site.kernel or "-", why, floor)
+            cells = (name, site.status, f"{site.pattern}[{tags}]", site.kernel or "-", why, floor)
+            table.add_row(*map(Text, cells))  # as Text: a console must not take "[mask=causal]" for markup
         return table
 
     def __str__(self) -> str:

@@ -20,9 +20,24 @@ class Tiles:
     num_stages: int
 
 
-def prefill_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype) -> Tiles:
+def prefill_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, bias: bool = False) -> Tiles:
     width = max(sum(split_head_dim(head_dim)), sum(split_head_dim(v_head_dim)))
-    return Tiles(128, 64, 8, 2)
+    if dtype == torch.float32:
+        return Tiles(64, 32, 8, 1) if width <= 64 else Tiles(32, 32, 8, 1) if width <= 128 else Tiles(32, 16, 8, 2)
+    roomy = arch.smem_per_block >= 160 * KIB
+    if roomy:
+        t = Tiles(128, 64, 8, 3) if width <= 128 else Tiles(128, 64, 8, 2)
+    elif width <= 96:
+        t = Tiles(128, 64, 8, 2)
+    elif width <= 128 or (width == 192 and v_head_dim <= 128):
+        t = Tiles(128, 32, 8, 2)
+    elif width == 256:
+        t = Tiles(64, 32, 8, 2)
+    else:
+        t = Tiles(64, 16, 4, 2)
+    if bias and t.block_n > 16:
+        t = Tiles(t.block_m, t.block_n // 2, t.num_warps, t.num_stages)
+    return t
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,8 @@ class DecodeTiles:
 
 def decode_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, rows: int) -> DecodeTiles:
     block_r = max(16, min(64, 1 << (rows - 1).bit_length()))
+    if dtype == torch.float32:
+        return DecodeTiles(16, 32, 8, 2)
     return DecodeTiles(block_r, 64, 4, 2)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .expr import Cases, Element, Expr, Number, Position, Rule, broadcast, shape_of
+from .expr import Cases, Element, Expr, Number, Rule, broadcast, shape_of
 from .index import Index, Size, Var, add, flatten, known_nonnegative, mul, same_size, size_of, unflatten
 
 aten = torch.ops.aten
@@ -343,23 +343,11 @@ def _pad(node: Node, index: Indices) -> Expr | None:
 
 def _index_value(node: Node, index: Indices) -> Index | None:
     """The value of an integer index tensor's element as an index: a position, or what the run holds there."""
-    from .expr import step
-    from .index import Datum
+    from .predicate import as_index
 
     if node.meta["val"].dtype not in (torch.int64, torch.int32):
         return None
-    source = broadcast(node, index)
-    assert isinstance(source, Element)
-    source = look(source)
-    value = step(source)
-    while isinstance(value, Element):
-        source = look(value)
-        value = step(source)
-    if isinstance(value, Position):
-        return value.index
-    if isinstance(value, Number):
-        return Index(None, int(value.value))
-    return Index.of(Datum(source))  # type: ignore[arg-type]
+    return as_index(broadcast(node, index))
 
 
 @layout(aten.index.Tensor)

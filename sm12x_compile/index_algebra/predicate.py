@@ -213,7 +213,7 @@ def _compare(op: str, left: Expr, right: Expr) -> Predicate | None:
         slack = 1 if op == "lt" else 0
         return All((AtMostZero(x - limit + slack), AtMostZero(-x - limit + slack)))
     a, b = as_index(left), as_index(right)
-    if a is not None and b is not None and (not _opaque(a) or not _opaque(b)):
+    if a is not None and b is not None and not _says_nothing(a, b):
         if op in ("ge", "gt"):
             a, b, op = b, a, {"ge": "le", "gt": "lt"}[op]
         if op == "le":
@@ -235,13 +235,10 @@ def _compare(op: str, left: Expr, right: Expr) -> Predicate | None:
     return TRUE if test(x, y) else FALSE
 
 
-def _opaque(index: Index) -> bool:
-    """A lone integer of the run: comparing it with a constant says nothing about positions."""
-    return index.is_const or (len(index.terms) == 1 and index.has_datum() and len(_data(index)) == 1)
-
-
-def _data(index: Index) -> list[Datum]:
-    return [a for a in index.terms if isinstance(a, Datum)]
+def _says_nothing(a: Index, b: Index) -> bool:
+    """A lone integer of the run compared with a constant: nothing about positions, so it stays opaque."""
+    lone, other = (a, b) if b.is_const else (b, a)
+    return other.is_const and len(lone.terms) == 1 and all(isinstance(x, Datum) for x in lone.terms)
 
 
 def negate(p: Predicate) -> Predicate:

@@ -118,7 +118,8 @@ def test_names_do_not_matter(name: str):
     keep = frozenset({"self", "case"})
     source = renamed(inspect.getsource(MODULES[name]), keep)
     assert "forward" in source or "lambda" in source
-    namespace: dict[str, Any] = {"Draw": Draw, "Registry": _recorder(made := [])}
+    made: list[Registry] = []
+    namespace: dict[str, Any] = {"Draw": Draw, "Registry": _recorder(made)}
     exec(compile(source, "renamed.py", "exec"), namespace)
     (registry,) = made
     assert len(registry) == len(original)

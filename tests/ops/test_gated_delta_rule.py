@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -44,11 +45,9 @@ def operands(
     return tuple(x.to(dtype) for x in (q, k, v, g, beta))
 
 
-def oracle(
-    q: Any, k: Any, v: Any, g: Any, beta: Any, scale: float, state: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def oracle(ops: Iterable[Tensor], scale: float, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """One head and one token at a time: o, the final state, and the states behind every token."""
-    q, k, v, g, beta = (x.double() for x in (q, k, v, g, beta))
+    q, k, v, g, beta = (x.double() for x in ops)
     (B, T, Hv, V), (Hk, K) = v.shape, k.shape[2:]
     o = torch.zeros(B, T, Hv, V, dtype=torch.float64)
     states = torch.zeros(B, T, Hv, K, V, dtype=torch.float64)
@@ -92,7 +91,7 @@ def test_the_recurrence(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULE, "CHUNK", chunk)
         got = gated_delta_rule.reference(*ops, 0.5, state)
-    assert_matches(got, oracle(*ops, 0.5, state)[:2])
+    assert_matches(got, oracle(ops, 0.5, state)[:2])
 
 
 @pytest.mark.parametrize("kda", [False, True], ids=["gdn", "kda"])
@@ -102,7 +101,7 @@ def test_lengths_about_the_chunk_in_fp32(T: int, kda: bool) -> None:
     state = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1))
     got = gated_delta_rule.overload(*ops, 8**-0.5, state)
     assert got[0].dtype == got[1].dtype == torch.float32
-    assert_matches(got, oracle(*ops, 8**-0.5, state)[:2], 2e-5)
+    assert_matches(got, oracle(ops, 8**-0.5, state)[:2], 2e-5)
 
 
 @pytest.mark.parametrize("kda", [False, True], ids=["gdn", "kda"])
@@ -110,9 +109,11 @@ def test_a_token_behind_a_strong_decay_keeps_its_digits(kda: bool) -> None:
     q, k, v, g, beta = operands(T=64, kda=kda, decay=1e-3, dtype=torch.float32)
     g[:, :32] -= 3000.0
     got = gated_delta_rule.reference(q, k, v, g, beta, 1.0)
-    assert_matches(got, oracle(q, k, v, g, beta, 1.0)[:2], 1e-5)
+    assert_matches(got, oracle((q, k, v, g, beta), 1.0)[:2], 1e-5)
     g[:, 5] = -math.inf  # forgets everything
-    assert_matches(gated_delta_rule.reference(q, k, v, g, beta, 1.0), oracle(q, k, v, g, beta, 1.0)[:2], 1e-5)
+    assert_matches(
+        gated_delta_rule.reference(q, k, v, g, beta, 1.0), oracle((q, k, v, g, beta), 1.0)[:2], 1e-5
+    )
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
@@ -121,7 +122,7 @@ def test_the_ends_of_beta(beta: float) -> None:
     k = k / k.norm(dim=-1, keepdim=True)
     full = torch.full((2, 70, 2), beta, dtype=torch.float64)
     o, final = gated_delta_rule.reference(q, k, v, g, full, 1.0)
-    assert_matches((o, final), oracle(q, k, v, g, full, 1.0)[:2])
+    assert_matches((o, final), oracle((q, k, v, g, full), 1.0)[:2])
     if beta == 0:
         assert not o.any() and not final.any()
     if beta == 1:  # what was written last can be read back
@@ -133,7 +134,7 @@ def test_the_ends_of_beta(beta: float) -> None:
 def test_qk_norm_comes_before_the_scale(mode: str) -> None:
     q, k, v, g, beta = operands()
     unit = [x / (x.square().sum(-1, keepdim=True) + 0.1).sqrt() for x in (q, k)]
-    want = oracle(unit[0], unit[1], v, g, beta, 0.5)[:2]
+    want = oracle((*unit, v, g, beta), 0.5)[:2]
     assert_matches(gated_delta_rule.reference(q, k, v, g, beta, 0.5, qk_l2norm=mode, eps=0.1), want)
     pool = torch.zeros(2, 2, 4, 3, dtype=torch.float64)
     o = gated_delta_rule_update.reference(
@@ -150,7 +151,7 @@ def test_packed_sequences(kda: bool) -> None:
     o, final = gated_delta_rule.overload(*ops, 0.5, state, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     assert final.shape == (4, 2, 4, 3)
     for i, (first, last) in enumerate(pairwise(bounds)):
-        want = oracle(*(x[:, first:last] for x in ops), scale=0.5, state=state[i : i + 1])[:2]
+        want = oracle((x[:, first:last] for x in ops), 0.5, state[i : i + 1])[:2]
         assert_matches((o[:, first:last], final[i : i + 1]), want)
 
 
@@ -200,7 +201,7 @@ def test_update_walks_the_pool(S: int, kda: bool) -> None:
     before, slots = pool.clone(), torch.tensor([4, -1, 0])
     o = gated_delta_rule_update.overload(*ops, pool, slots, 0.5, checkpoints=kept)
     for row, slot in ((0, 4), (2, 0)):
-        want = oracle(*(x[row : row + 1] for x in ops), scale=0.5, state=before[slot : slot + 1])
+        want = oracle((x[row : row + 1] for x in ops), 0.5, before[slot : slot + 1])
         assert_matches((o[row : row + 1], pool[slot : slot + 1], kept[row : row + 1]), want)
     assert not o[1].any() and (kept[1] == 7).all()
     for slot in (1, 2, 3, 5):
@@ -226,7 +227,7 @@ def test_decode_continues_prefill() -> None:
 def test_a_low_precision_pool_is_rounded_once() -> None:
     ops = operands(T=4, dtype=torch.bfloat16)
     pool = torch.randn(2, 2, 4, 3).bfloat16()
-    o, final, _ = oracle(*ops, scale=0.5, state=pool)
+    o, final, _ = oracle(ops, 0.5, pool)
     got = gated_delta_rule_update.overload(*ops, pool, torch.arange(2), 0.5)
     assert (got.dtype, pool.dtype) == (torch.bfloat16, torch.bfloat16)
     eps = torch.finfo(torch.bfloat16).eps

@@ -57,7 +57,7 @@ def _change_operands(spec: Spec, t: Inputs, k: Tensor, v: Tensor) -> tuple[Tenso
 
 
 def _sdpa(spec: Spec, t: Inputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    grouping = {}
+    grouping: dict[str, Any] = {}
     if spec.G > 1 and spec.grouping == "query_view" and not spec.has("repeat_whole"):
         grouping = {"enable_gqa": True}
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,10 @@ def everything(function: Function, calls: list[tuple[Any, ...]], state: Any) -> 
             "generator": torch.get_rng_state()}  # fmt: skip
 
 
+def _named(name: str, text: str) -> str:
+    return f"{name}: {text}"
+
+
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return (
         a.numel() > 0 and b.numel() > 0 and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
@@ -115,7 +120,6 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
         if name in ("shared memory", "values"):
             assert found[name] == wanted, f"{name}: {found[name]} in place of {wanted}"
         else:
-            close = dict(rtol=tolerance, atol=tolerance, equal_nan=True)
             torch.testing.assert_close(
-                found[name], wanted, **close, msg=lambda text, name=name: f"{name}: {text}"
+                found[name], wanted, rtol=tolerance, atol=tolerance, equal_nan=True, msg=partial(_named, name)
             )
