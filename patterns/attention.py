@@ -125,7 +125,11 @@ def _from_sdpa(node: Node) -> Problem | Refusal:
     if len(shape_of(q)) < 2 or len({len(shape_of(x)) for x in (q, k, v)}) != 1:
         return Refusal("q, k and v have different ranks", node)
     out = fresh_index(node)
-    key, summed = Var("t", shape_of(k)[-2]), Var("d", shape_of(q)[-1])
+    keys = shape_of(k)[-2]
+    mask = a.get("attn_mask")
+    if mask is not None and not isinstance(keys, int) and shape_of(mask)[-1] != 1:
+        keys = shape_of(mask)[-1]  # the same size under the name that the mask's positions use
+    key, summed = Var("t", keys), Var("d", shape_of(q)[-1])
     t, d = Index.of(key), Index.of(summed)
     batch, row, column = out[:-2], out[-2], out[-1]
     heads = batch
@@ -142,7 +146,6 @@ def _from_sdpa(node: Node) -> Problem | Refusal:
     if a.get("is_causal"):
         # The element of q stands in as the source: a causal mask is always explained.
         masks.append(MaskTerm(AtMostZero(t - row), -math.inf, at(q, batch, row, d)))
-    mask = a.get("attn_mask")
     if mask is not None:
         index = (*batch, row, t)
         source = broadcast(mask, index)

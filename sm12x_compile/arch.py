@@ -118,7 +118,7 @@ def by_name(name: str) -> Arch:
 
 @cache
 def of_device(index: int = 0) -> Arch:
-    """The record of a CUDA device that is present: facts that the driver tells, the rest from its card's record."""
+    """The record of a CUDA device that is present: what the driver tells, the rest from its card's record."""
     props = torch.cuda.get_device_properties(index)
     capability = (props.major, props.minor)
     family = _FAMILY_OF_MAJOR.get(props.major, f"sm{props.major}x")

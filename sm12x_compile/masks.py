@@ -175,17 +175,17 @@ def _sort_bound(index: Index, s: Var | None, t: Var, batch: set[Var], found: _At
     rest = Index({a: c for a, c in index.terms.items() if a is not t and a is not s}, index.const)
     ct = index.terms.get(t, 0)
     cs = index.terms.get(s, 0) if s is not None else 0
-    if not _readable(rest, batch) or ct not in (1, -1):
+    if ct not in (1, -1):
+        return False
+    bound = -rest if ct == 1 else rest
+    if not _readable(bound, batch):
         return False
     if s is None:
-        (found.uppers if ct == 1 else found.lowers).append(-rest if ct == 1 else rest)
-        return True
-    if (ct, cs) == (1, -1):
-        found.uppers.append(-rest)
-    elif (ct, cs) == (-1, 1):
-        found.lowers.append(rest)
-    elif (ct, cs) == (1, 0):
-        found.lengths.append(-rest + 1)
+        (found.uppers if ct == 1 else found.lowers).append(bound)
+    elif cs == -ct:
+        (found.uppers if ct == 1 else found.lowers).append(bound)
+    elif cs == 0 and ct == 1:
+        found.lengths.append(bound + 1)
     else:
         return False
     return True

@@ -6,7 +6,6 @@ a tensor out again from an index map (`arrange`), so that a pattern never cares 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .index_algebra import Element, FloorDiv, Index, Mod, Size, Var, same_size, size_of
 from .index_algebra.index import add, divide_exactly, known_nonnegative, mul
@@ -93,22 +94,25 @@ class GraphView:
         for expr, node in known.items():
             if same_size(expr, value):
                 return node
-        total: int | Node = 0
-        for term, coefficient in sympy.expand(value).as_coefficients_dict().items():
-            part: int | Node = int(coefficient)
-            if not coefficient.is_Integer:
-                raise CannotArrange(f"size {value} is not a polynomial with integer coefficients")
-            for factor in sympy.Mul.make_args(term):
-                base, power = factor.as_base_exp()
-                if factor == 1:
-                    continue
-                if base not in known or not power.is_Integer or power < 0:
-                    raise CannotArrange(f"no tensor in the graph has the size {value}")
-                for _ in range(int(power)):
-                    part = known[base] if part == 1 else self.call(operator.mul, part, known[base])
-            if part != 0:
-                total = part if total == 0 else self.call(operator.add, total, part)
-        return total
+        missing = [symbol for symbol in value.free_symbols if symbol not in known]
+        if missing:
+            raise CannotArrange(f"no tensor in the graph has the size {value}")
+        return self._computed(value, known)
+
+    def _computed(self, value: sympy.Expr, known: dict[Any, Node]) -> Node:
+        """Nodes that compute a symbolic size from those of its symbols."""
+        before = set(self.graph.nodes)
+        tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
+        proxies = {symbol: torch.fx.Proxy(known[symbol], tracer) for symbol in value.free_symbols}
+        try:
+            result = sympy_interp(PythonReferenceAnalysis, proxies, value)
+        except Exception as error:
+            raise CannotArrange(f"size {value} cannot be computed ({error})") from error
+        for node in self.graph.nodes:
+            if node not in before:
+                args = torch.fx.node.map_arg(node.args, lambda n: n.meta["val"])
+                node.meta["val"] = node.target(*args)
+        return result.node
 
     def _symbol_nodes(self) -> dict[Any, Node]:
         """Symbols and symbolic sizes that placeholders hold, as nodes."""

@@ -295,7 +295,7 @@ class Workload:
 
         Tokens are given, not taken from the outputs, so that two runs see the same inputs.
         """
-        forward = forward or self.model
+        forward = self.model if forward is None else forward  # a compiled module has no truth value
         with torch.no_grad():
             if self.phase == "prefill":
                 return [_first(forward(**self._inputs, **self._no_cache()))]

@@ -68,7 +68,7 @@ class Options:
         _one_of("cuda_graphs", self.cuda_graphs, ("auto", True, False))
         _one_of("capture", self.capture, (True, False))
         _one_of("select", self.select, ("auto", "static"), later={"race": "use 'static'"})
-        _one_of("verify", self.verify, ("auto", False), later={True: "use assert_rewritten or compare by hand"})
+        _one_of("verify", self.verify, ("auto", False), later={True: "use assert_rewritten"})
         _one_of("moe_weights", self.moe_weights, ("keep",), later={"mxfp4": "use 'keep'"})
         if not isinstance(self.arch, str):
             raise OptionError(f"option 'arch' takes a name, got {self.arch!r}")
@@ -78,7 +78,7 @@ class Options:
             except ValueError as error:
                 raise OptionError(f"option 'arch': {error}") from None
         if self.codegen == "eager" and self.cuda_graphs is True:
-            raise OptionError("cuda_graphs=True needs codegen='inductor'; with codegen='eager' leave it 'auto'")
+            raise OptionError("cuda_graphs=True needs codegen='inductor'; with 'eager' leave it 'auto'")
 
     def wants_pattern(self, name: str) -> bool:
         return _selected(name, self.patterns)
@@ -87,7 +87,9 @@ class Options:
         return _selected(name, self.kernels)
 
 
-def _one_of(key: str, value: object, allowed: tuple[object, ...], later: Mapping[object, str] | None = None) -> None:
+def _one_of(
+    key: str, value: object, allowed: tuple[object, ...], later: Mapping[object, str] | None = None
+) -> None:
     # `is` for booleans: 1 == True, and an option given as 1 is a mistake worth naming.
     if any(value is a or (isinstance(a, str) and value == a) for a in allowed):
         return

@@ -58,8 +58,8 @@ Verdict = _Yes | No
 class Call:
     """One call of a semantic op, as a kernel's `accepts` sees it.
 
-    ``call.q`` is the argument named q: a fake tensor (shape, stride, dtype, device; sizes may be symbolic) or a
-    plain value. ``call.hint(n)`` turns a size into an int.
+    ``call.q`` is the argument named q: a fake tensor (shape, stride, dtype, device; sizes may be symbolic) or
+    a plain value. ``call.hint(n)`` turns a size into an int.
     """
 
     op: str
@@ -149,9 +149,9 @@ def register_kernel(
         merit: order of asking, highest first; the built-in ones lie between 0 and 50.
 
     Raises:
-        ValueError: there is no such semantic op, or the function's parameters are not the op's, in its order (an
-            opaque kernel gets its arguments by position; it may leave out the last ones if `accepts` declines
-            calls that give them).
+        ValueError: there is no such semantic op, or the function's parameters are not the op's, in its order
+            (an opaque kernel gets its arguments by position; it may leave out the last ones if `accepts`
+            declines calls that give them).
     """
     if op not in OPS:
         raise ValueError(f"unknown op {op!r}; semantic ops: {', '.join(sorted(OPS))}")
@@ -192,11 +192,11 @@ def unregister(name: str) -> None:
 def _check_positional(op: str, name: str, function: Callable[..., Any]) -> None:
     known = list(OPS[op].signature.parameters)
     for position, parameter in enumerate(inspect.signature(function).parameters.values()):
-        if parameter.kind is parameter.VAR_POSITIONAL:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return
         if parameter.kind is parameter.KEYWORD_ONLY or known[position : position + 1] != [parameter.name]:
             raise ValueError(
-                f"kernel {name!r}: parameter {parameter.name!r} must be positional and in the order of {op!r}: "
+                f"kernel {name!r}: parameter {parameter.name!r} must be positional and where {op!r} has it: "
                 f"{', '.join(known)}"
             )
 

@@ -57,7 +57,7 @@ class Site:
 
 @dataclass
 class Report:
-    """Everything that compiling (and running) a model told us. See the module `explain` for how it is filled."""
+    """Everything that compiling (and running) a model told us. The module `explain` fills it."""
 
     sites: list[Site] = field(default_factory=list)
     captures: list[str] = field(default_factory=list)

@@ -69,7 +69,9 @@ def run_prefill(tiles: Tiles, *args: Any, **kwargs: Any) -> Tensor:
 
     out, arguments, grid = prefill_launch(*args, **kwargs, tiles=tiles)
     if out.numel() and arguments["T"]:
-        prefill_kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        prefill_kernel[grid](
+            **arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers
+        )
     else:
         out.zero_()
     return out.transpose(1, 2)

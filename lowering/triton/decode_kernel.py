@@ -68,8 +68,10 @@ def decode_kernel(
     lo, _ = key_range(first_row // GROUP + offset, keys, window_left, window_right, chunk, CAUSAL)
     _, hi = key_range(last + offset, keys, window_left, window_right, chunk, CAUSAL)
     blocks = tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_N)
-    start = lo + tl.cdiv(blocks, splits) * BLOCK_N * split
-    end = tl.minimum(start + tl.cdiv(blocks, splits) * BLOCK_N, hi)
+    # At least two blocks a split: a nearly empty cache is then combined from few splits.
+    share = tl.maximum(tl.cdiv(blocks, splits), 2) * BLOCK_N
+    start = lo + share * split
+    end = tl.minimum(start + share, hi)
 
     q_rows = q + b * stride_qb + (h * stride_qh + s.to(tl.int64) * stride_qs)[:, None]
     q_main = _load_columns(q_rows, valid, stride_qd, 0, D_MAIN, D)
@@ -167,7 +169,7 @@ def combine_kernel(
 ):  # fmt: skip
     """Combine the splits of one output row; grid (B * HEADS * S,)."""
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
-    STEP: tl.constexpr = 8 if SPLITS_PAD > 8 else SPLITS_PAD
+    STEP: tl.constexpr = 16 if SPLITS_PAD > 16 else SPLITS_PAD
     row = tl.program_id(0).to(tl.int64)
     s = row % S
     h = row // S % HEADS

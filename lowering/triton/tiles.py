@@ -18,6 +18,7 @@ class Tiles:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def prefill_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, bias: bool = False) -> Tiles:
@@ -26,7 +27,7 @@ def prefill_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype
         return Tiles(64, 32, 8, 1) if width <= 64 else Tiles(32, 32, 8, 1) if width <= 128 else Tiles(32, 16, 8, 2)
     roomy = arch.smem_per_block >= 160 * KIB
     if roomy:
-        t = Tiles(128, 64, 8, 3) if width <= 128 else Tiles(128, 64, 8, 2)
+        t = Tiles(64, 64, 4, 3) if width <= 64 else Tiles(128, 64, 8, 2, 128) if width <= 128 else Tiles(128, 32, 8, 3)
     elif width <= 96:
         t = Tiles(128, 64, 8, 2)
     elif width <= 128 or (width == 192 and v_head_dim <= 128):
@@ -36,7 +37,7 @@ def prefill_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype
     else:
         t = Tiles(64, 16, 4, 2)
     if bias and t.block_n > 16:
-        t = Tiles(t.block_m, t.block_n // 2, t.num_warps, t.num_stages)
+        t = Tiles(t.block_m, t.block_n // 2, t.num_warps, t.num_stages, t.max_registers)
     return t
 
 

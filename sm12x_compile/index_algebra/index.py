@@ -64,16 +64,28 @@ def known_nonnegative(value: Size) -> bool:
     """Whether ``value >= 0`` for every admissible value of its symbols (positive ones are at least 1)."""
     if isinstance(value, int):
         return value >= 0
+    for extreme in value.atoms(sympy.Function):
+        if type(extreme).__name__ in ("Max", "Min"):
+            return _nonnegative_around(sympy.expand(value), extreme)
     shifted = value
     for symbol in value.free_symbols:
         if symbol.is_positive:
             shifted = shifted.subs(symbol, sympy.Symbol(f"_{symbol}", integer=True, nonnegative=True) + 1)
         elif not symbol.is_nonnegative:
             return False
-    shifted = sympy.expand(shifted)
-    return bool(shifted.is_nonnegative) or all(
-        bool(c.is_nonnegative) for c in shifted.as_coefficients_dict().values()
-        ) and all(bool(m.is_nonnegative) for m in shifted.as_coefficients_dict())  # fmt: skip
+    coefficients = sympy.expand(shifted).as_coefficients_dict()
+    return all(bool(c.is_nonnegative) and bool(m.is_nonnegative) for m, c in coefficients.items())
+
+
+def _nonnegative_around(value: sympy.Expr, extreme: sympy.Expr) -> bool:
+    """``rest + c * Max(a, b, ...)``: with a helpful sign one argument suffices, else all must do."""
+    c = value.coeff(extreme)
+    rest = value - c * extreme
+    if not c.is_number or rest.has(extreme):
+        return False
+    helpful = (c > 0) == (type(extreme).__name__ == "Max")
+    tries = (known_nonnegative(_plain(sympy.expand(rest + c * arg))) for arg in extreme.args)
+    return any(tries) if helpful else all(tries)
 
 
 def same_size(a: Size, b: Size) -> bool:

@@ -49,7 +49,7 @@ def scale_given():
     return lambda q, k, v: sdpa(q, k, v, scale=0.7), cross
 
 
-@case(mask="none", scale=-0.5)
+@case(sites=None, mask="none", scale=-0.5)
 def scale_negative():
     return lambda q, k, v: sdpa(q, k, v, None, 0.0, False, scale=-0.5), cross
 
