@@ -19,21 +19,22 @@ new kind of mask into `masks.py`; each is one branch that answers with a `Refusa
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Apply, Element, Index, Var, look, same_size, step
+from sm12x_compile.index_algebra import Element, Index, Var, same_size
 from sm12x_compile.index_algebra.expr import broadcast, shape_of
 from sm12x_compile.index_algebra.predicate import AtMostZero, predicate_of
-from sm12x_compile.masks import MaskTerm, StructuredMask, data_vars, explain_masks
-from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite
+from sm12x_compile.masks import MaskTerm, StructuredMask, explain_masks
+from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite, source
 from sm12x_compile.registry import register_pattern
 
 from .emit import emit_attention
 from .roles import Problem, Roles, assign_roles
-from .scores import ABSORBING, Scores, read_scores, read_sink
+from .scores import ABSORBING, read_scores, read_sink, read_terms
 from .softmax import WeightedSum, find_weighted_sum, fresh_index
 
 aten = torch.ops.aten
@@ -148,17 +149,15 @@ def _from_sdpa(node: Node) -> Problem | Refusal:
         masks.append(MaskTerm(AtMostZero(t - row), -math.inf, at(q, batch, row, d)))
     if mask is not None:
         index = (*batch, row, t)
-        source = broadcast(mask, index)
-        assert isinstance(source, Element)
+        element = broadcast(mask, index)
+        assert isinstance(element, Element)
         if mask.meta["val"].dtype == torch.bool:
-            keep = predicate_of(source)
+            keep = predicate_of(element)
             if keep is None:
                 return Refusal("the mask is no boolean tensor", mask)
-            masks.append(MaskTerm(keep, -math.inf, source))
+            masks.append(MaskTerm(keep, -math.inf, element))
         else:
-            from .scores import _Reading, _terms
-
-            read = _terms(source, _Reading(), 1.0)
+            read = read_terms(element)
             if isinstance(read, Refusal):
                 return read
             masks += [m for m in read.masks]
@@ -173,15 +172,12 @@ def _from_sdpa(node: Node) -> Problem | Refusal:
         return Refusal("the scale is not a positive constant", node)
     finite = [m for m in masks if math.isfinite(m.drop_value)]
     return Problem(
-        node=node, out=out, key=key, q=_seen(at(q, batch, row, d)), k=_seen(at(k, heads, t, d)),
+        node=node, out=out, key=key, q=source(at(q, batch, row, d), (key, summed)),
+        k=source(at(k, heads, t, d), (key, summed)),
         value=at(v, heads, t, column), summed=(summed,), scale=float(scale), softcap=0.0, masks=tuple(masks),
         filled=tuple(False for _ in masks), biases=tuple(biases), sink=None, rows=row,
         empty_rows="mean" if finite else "zero", form="sdpa",
     )  # fmt: skip
-
-
-def _seen(element: Element) -> Element:
-    return look(element, through_data=False)
 
 
 # ---------------------------------------------------------------- masks
@@ -205,8 +201,6 @@ def _prove(problem: Problem, roles: Roles) -> StructuredMask:
         return mask
     proved = [m for m, _ in masks if not math.isfinite(m.drop_value)]
     rest = explain_masks(proved, roles.query, problem.key, batch)
-    from dataclasses import replace
-
     return replace(rest, dense=(*rest.dense, *(m for m, _ in finite)))
 
 
@@ -226,5 +220,3 @@ def _tags(problem: Problem, roles: Roles, mask: StructuredMask) -> dict[str, Any
         tags["bias"] = True
     return tags
 
-
-__all__ = ["Apply", "Scores", "attention", "data_vars", "step"]

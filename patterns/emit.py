@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Element, Index, Size, Var, same_size, size_of
+from sm12x_compile.index_algebra import Index, Size, Var, known_nonnegative, same_size
 from sm12x_compile.index_algebra.expr import shape_of
-from sm12x_compile.index_algebra.index import Datum, mul
+from sm12x_compile.index_algebra.index import Datum, add, mul
 from sm12x_compile.index_algebra.predicate import Holds
 from sm12x_compile.masks import MaskTerm, StructuredMask
 from sm12x_compile.match import CannotArrange, GraphView
 
-from .roles import Problem, Roles
+from .roles import Problem, Roles, subs_predicate
 
 aten = torch.ops.aten
 
@@ -35,7 +36,7 @@ def emit_attention(
     batch, heads = roles.batch, (*roles.kv_head, *roles.group)
     query = (roles.query,) if roles.query is not None else ()
     key = (problem.key,)
-    if mask.kv_len is not None and mask.kv_len.is_const:
+    if mask.kv_len is not None and mask.kv_len.is_const and _may_cut(problem, mask):
         # A length known while compiling is a slice of the cache.
         shorter = Var("t", mask.kv_len.const)
         cut = {problem.key: Index.of(shorter)}
@@ -64,13 +65,17 @@ def emit_attention(
             extra["q_shift"] = graph.size(shift)
     if mask.kv_len is not None:
         length, more = _runtime_index(graph, mask.kv_len, batch)
-        assert length is not None
-        extra["kv_len"] = length if more == 0 else graph.call(aten.add.Tensor, length, graph.size(more))
+        if length is None:
+            device = q.meta["val"].device
+            length = graph.call(aten.full.default, [], graph.size(more), dtype=torch.int64, device=device)
+        elif more != 0:
+            length = graph.call(aten.add.Tensor, length, graph.size(more))
+        extra["kv_len"] = length
     for pad in mask.padding:
         extra["key_padding"] = _padding(graph, pad, [batch, key], extra.get("key_padding"))
     if mask.segments is not None:
         extra["q_segments"] = graph.arrange(mask.segments[0], [batch, query], expand=False)
-        extra["k_segments"] = graph.arrange(mask.segments[1].subs({roles.problem.key: Index.of(key[0])}), [batch, key], expand=False)
+        extra["k_segments"] = graph.arrange(mask.segments[1], [batch, key], expand=False)
     bias = _bias(graph, problem, mask, [batch, heads, query, key])
     if bias is not None:
         extra["bias"] = bias
@@ -87,11 +92,14 @@ def emit_attention(
     return call, _restore(graph, call, problem, order)
 
 
+def _may_cut(problem: Problem, mask: StructuredMask) -> bool:
+    """Whether leaving out the keys behind the length is the same as masking them."""
+    assert mask.kv_len is not None
+    spreads = problem.empty_rows == "mean" and (mask.padding or mask.segments or mask.dense)
+    return not spreads and known_nonnegative(add(mask.kv_len.const, -1))
+
+
 def _shortened(mask: StructuredMask, cut: dict[Var, Index]) -> StructuredMask:
-    from dataclasses import replace
-
-    from .roles import subs_predicate
-
     return replace(
         mask,
         kv_len=None,
@@ -189,6 +197,3 @@ def _slowest_first(ix: Index) -> list[Var]:
         stride = mul(stride, atom.extent)
         del left[atom]
     return found[::-1]
-
-
-__all__ = ["Element", "emit_attention", "size_of"]

@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Element, Index, Size, Var, look
+from sm12x_compile.index_algebra import Element, Index, Size, Var
 from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.masks import MaskTerm, data_vars
-from sm12x_compile.match import Refusal, refine
-
-from .softmax import strip
+from sm12x_compile.match import Refusal, refine, source
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,8 @@ def subs_predicate(p, mapping):  # type: ignore[no-untyped-def]
 
 def assign_roles(problem: Problem) -> Roles | Refusal:
     """Refine the variables until q, k and v are affine in them, and give each its role."""
-    value = strip_value(problem)
-    problem = replace(problem, value=value)
+    # v behind layout only: its dtype is the dtype that the values are summed in.
+    problem = replace(problem, value=source(problem.value, (problem.key,)))
     mapping = refine([problem.q, problem.k, problem.value])
     low = _low_halves(mapping)
     problem = problem.subs(mapping)
@@ -109,7 +107,8 @@ def assign_roles(problem: Problem) -> Roles | Refusal:
         return Refusal("an index of the result is used twice", problem.node)
     if not (q | k | v) <= set(outer) | inner:
         return Refusal("an operand has an index that the result does not have", problem.node)
-    feature = tuple(x for x in outer if x in v and x not in q and x not in k)
+    scored = q | k | _score_vars(problem)
+    feature = tuple(x for x in outer if x in v and x not in scored)
     rows = [x for x in outer if x in q and x not in k and x not in v]
     shared = [x for x in outer if x not in feature and x not in rows]
     query = _query(problem, rows, low)
@@ -118,9 +117,14 @@ def assign_roles(problem: Problem) -> Roles | Refusal:
     return Roles(problem, batch, kv_head, group, query, feature)
 
 
-def strip_value(problem: Problem) -> Element:
-    """v behind layout only: its dtype is the dtype that the values are summed in."""
-    return look(problem.value, through_data=False)
+def _score_vars(problem: Problem) -> set[Var]:
+    """Variables that the scores depend on beside q and k."""
+    found = problem.sink.vars() if problem.sink is not None else set()
+    for element, _ in problem.biases:
+        found = found | element.vars()
+    for term in problem.masks:
+        found = found | _index_vars(term.keep) | term.source.vars()
+    return found
 
 
 def _in_order(ix: Index) -> list[Var]:
@@ -176,6 +180,3 @@ def _batch_and_heads(
         if len(shared) > 1 or group or not of_data:
             heads = free[-1:]
     return tuple(x for x in shared if x not in heads), tuple(heads)
-
-
-__all__ = ["Problem", "Roles", "assign_roles", "strip", "strip_value", "subs_predicate"]

@@ -16,7 +16,9 @@ from torch.fx import Node
 from sm12x_compile.index_algebra import Apply, Element, Expr, Number, Reduce, Var, look, step
 from sm12x_compile.index_algebra.predicate import TRUE, Choice, choice_of, negate, predicate_of
 from sm12x_compile.masks import MaskTerm
-from sm12x_compile.match import Refusal
+from sm12x_compile.match import Refusal, source
+
+from .softmax import keeps_numbers
 
 # A masked score this low gets no probability beside any score that a model produces.
 MASKED_BELOW = -1e4
@@ -61,16 +63,21 @@ def read_sink(expr: Expr) -> tuple[Element, tuple[Expr, ...]] | Refusal:
     """The logit of a column without value, and the shifts that were subtracted from it."""
     shifts: list[Expr] = []
     while isinstance(expr, Element):
-        source = look(expr)
-        inner = step(source)
+        found = look(expr)
+        inner = step(found)
         if isinstance(inner, Apply) and inner.op == "cast":
             expr = inner.args[0]
         elif isinstance(inner, Apply) and inner.op == "sub":
             shifts.append(_shift(inner.args[1]))
             expr = inner.args[0]
         else:
-            return source, tuple(shifts)
+            return found, tuple(shifts)
     return Refusal("the extra column of the softmax is no tensor")
+
+
+def read_terms(element: Element) -> _Reading | Refusal:
+    """The masks and biases of a tensor that is added to the scores."""
+    return _terms(element, _Reading(), 1.0)
 
 
 def _shift(expr: Expr) -> Expr:
@@ -108,6 +115,8 @@ def _read(expr: Expr, key: Var, outside: _Reading) -> Scores | Refusal:
             return Refusal("part of the scores comes from elsewhere", node)
         op, args = expr.op, expr.args
         if op == "cast":
+            if not keeps_numbers(expr):
+                return Refusal(f"the scores are cast to {expr.detail}", node)
             expr = args[0]
         elif op == "neg":
             return Refusal("the scores are negated", node)
@@ -175,13 +184,13 @@ def _added(op: str, args: Sequence[Expr], key: Var, outside: _Reading, node: Nod
 
 def _terms(expr: Expr, outside: _Reading, sign: float) -> _Reading | Refusal:
     """Split an added tensor into masks (0 where kept, hugely negative elsewhere) and biases."""
-    source = expr if isinstance(expr, Element) else None
-    choice = choice_of(expr) if source is not None or not isinstance(expr, Apply) else None
+    element = expr if isinstance(expr, Element) else None
+    choice = choice_of(expr) if element is not None or not isinstance(expr, Apply) else None
     if isinstance(choice, float):
         return outside if math.isfinite(choice) else Refusal("an infinite constant is added to the scores")
     factor = outside.factor * sign
-    if isinstance(choice, Choice) and source is not None:
-        term = _mask_term(choice, factor, source)
+    if isinstance(choice, Choice) and element is not None:
+        term = _mask_term(choice, factor, element)
         if term is not None:
             return replace(outside, masks=(*outside.masks, term), filled=(*outside.filled, False))
     value = expr
@@ -196,9 +205,9 @@ def _terms(expr: Expr, outside: _Reading, sign: float) -> _Reading | Refusal:
     if isinstance(value, Apply) and value.op == "add":
         first = _terms(value.args[0], outside, sign)
         return first if isinstance(first, Refusal) else _terms(value.args[1], first, sign)
-    if source is None:
+    if element is None:
         return Refusal("what is added to the scores is no tensor of its own")
-    return replace(outside, biases=(*outside.biases, (source, factor)))
+    return replace(outside, biases=(*outside.biases, (element, factor)))
 
 
 def _sums(expr: Expr) -> bool:
@@ -254,7 +263,7 @@ def _product(total: Reduce, key: Var, outside: _Reading) -> Scores | Refusal:
             expr = inner
     if not (isinstance(expr, Apply) and expr.op == "mul"):
         return Refusal("the scores are a sum of something else than products", total.node)
-    (a, scale_a), (b, scale_b) = (_operand(x) for x in expr.args)
+    (a, scale_a), (b, scale_b) = (_operand(x, (key, *summed)) for x in expr.args)
     if a is None or b is None:
         return Refusal("an operand of the scores is no tensor", total.node)
     if key in a.vars() and key not in b.vars():
@@ -272,16 +281,16 @@ def _product(total: Reduce, key: Var, outside: _Reading) -> Scores | Refusal:
     )  # fmt: skip
 
 
-def _operand(expr: Expr) -> tuple[Element | None, float]:
+def _operand(expr: Expr, whole: Sequence[Var]) -> tuple[Element | None, float]:
     """q or k behind constant factors and layout."""
     factor = 1.0
     while isinstance(expr, Element):
-        source = look(expr, through_data=False)
-        inner = step(source)
+        found = source(expr, whole)
+        inner = step(found)
         if isinstance(inner, Apply) and inner.op in ("mul", "div"):
             scaled = _scaled(inner.op, inner.args)
             if scaled is not None and isinstance(scaled[0], Element):
                 expr, factor = scaled[0], factor * scaled[1]
                 continue
-        return source, factor
+        return found, factor
     return None, factor

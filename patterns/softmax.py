@@ -28,10 +28,11 @@ from sm12x_compile.index_algebra import (
 )
 from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.index_algebra.layout import LAYOUT
-from sm12x_compile.match import Refusal
+from sm12x_compile.match import Refusal, source
 
 aten = torch.ops.aten
 
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DIVISIONS = (aten.div.Tensor, aten.true_divide.Tensor)
 _PRODUCTS = (
     aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.einsum.default,
@@ -79,15 +80,21 @@ def is_inactive_dropout(node: Node) -> bool:
     return node.target is aten.dropout.default and (node.args[1] == 0 or node.args[2] is False)
 
 
+def keeps_numbers(cast: Apply) -> bool:
+    """Whether a cast only rounds: from one ordinary floating dtype to another."""
+    before = cast.node.args[-1 if cast.node.target is aten.copy.default else 0]
+    return {before.meta["val"].dtype, cast.detail} <= _FLOATS
+
+
 def strip(expr: Expr) -> Expr:
     """Through layout, casts and inactive dropout."""
     while isinstance(expr, Element):
-        expr = look(expr, through_data=False)
+        expr = source(expr)
         if is_inactive_dropout(expr.node):
             expr = Element(expr.node.args[0], expr.index)
             continue
         inner = step(expr)
-        if not (isinstance(inner, Apply) and inner.op == "cast"):
+        if not (isinstance(inner, Apply) and inner.op == "cast" and keeps_numbers(inner)):
             return expr
         expr = inner.args[0]
     return expr
@@ -120,10 +127,10 @@ def find_weighted_sum(anchor: Node) -> WeightedSum | Refusal | None:
             continue
         if isinstance(found, Refusal):
             return found
-        source, along, sinks, form = found
+        element, dim, sinks, form = found
         if len(summed) != 1:
             return Refusal("the weights are summed over several dimensions at once", top)
-        return _assemble(anchor, top, out, summed[0], source, along, sinks, value, form)
+        return _assemble(anchor, top, out, summed[0], element, dim, sinks, value, form)
     return Refusal("the softmax does not reach the product unchanged", top)
 
 
@@ -140,9 +147,8 @@ def _assemble(
         return Refusal("the weights are not summed along the softmax dimension", top)
     if any(key in ix.vars() for k, ix in enumerate(index) if k != dim):
         return Refusal("the weights are summed along two dimensions", top)
-    source = anchor.args[0]
     size = shape_of(anchor)[dim]
-    at = lambda ix: Element(source, (*index[:dim], ix, *index[dim + 1 :]))  # noqa: E731
+    at = lambda ix: Element(anchor.args[0], (*index[:dim], ix, *index[dim + 1 :]))  # noqa: E731
     if form == "softmax" and not same_size(size, key.extent):
         spare = _spare_column(size, key, along)
         if spare is None:
@@ -165,7 +171,8 @@ def _follow(anchor: Node) -> Node | Refusal | None:
     """Forward from the softmax to the node that completes the weighted sum."""
     node, met, divided = anchor, False, anchor.target is not aten.exp.default or _is_logsumexp(anchor)
     for _ in range(64):
-        users = [u for u in node.users if not (node is anchor or not met) or not _is_denominator(u, divided)]
+        # The exponentials of a softmax by hand have a second reader: the sum that they are divided by.
+        users = [u for u in node.users if divided or met or u.target is not aten.sum.dim_IntList]
         if len(users) != 1:
             if met:
                 return node if divided else None
@@ -176,7 +183,7 @@ def _follow(anchor: Node) -> Node | Refusal | None:
         user = users[0]
         if met and divided:
             return node
-        if user.target in _DIVISIONS and not divided and _leads_to(user.args[0], node):
+        if user.target in _DIVISIONS and not divided and user.args[0] is node:
             node, divided = user, True
             if met:
                 return node
@@ -196,14 +203,6 @@ def _follow(anchor: Node) -> Node | Refusal | None:
             what = str(user.target).removeprefix("aten.")
             return Refusal(f"{what} stands between softmax and values", user) if not met else None
     return None
-
-
-def _leads_to(argument: object, node: Node) -> bool:
-    return argument is node
-
-
-def _is_denominator(user: Node, divided: bool) -> bool:
-    return not divided and user.target is aten.sum.dim_IntList
 
 
 def _summed_next(product: Node) -> bool:

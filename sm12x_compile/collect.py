@@ -38,4 +38,4 @@ def collect() -> Iterator[Report]:
         for metric in dynamo_utils.get_compilation_metrics()[metrics:]:
             why = getattr(metric, "recompile_reason", None)
             if why:
-                report.recompiles.append(" ".join(str(why).split()))
+                report.recompiles.append(" ".join(str(why).split(" # ")[0].split()))

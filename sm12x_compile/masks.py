@@ -180,9 +180,7 @@ def _sort_bound(index: Index, s: Var | None, t: Var, batch: set[Var], found: _At
     bound = -rest if ct == 1 else rest
     if not _readable(bound, batch):
         return False
-    if s is None:
-        (found.uppers if ct == 1 else found.lowers).append(bound)
-    elif cs == -ct:
+    if s is None or cs == -ct:
         (found.uppers if ct == 1 else found.lowers).append(bound)
     elif cs == 0 and ct == 1:
         found.lengths.append(bound + 1)

@@ -6,7 +6,7 @@ a tensor out again from an index map (`arrange`), so that a pattern never cares 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from .index_algebra import Element, FloorDiv, Index, Mod, Size, Var, same_size, size_of
+from .index_algebra import Element, FloorDiv, Index, Mod, Size, Var, look, same_size, size_of
 from .index_algebra.index import add, divide_exactly, known_nonnegative, mul
 
 aten = torch.ops.aten
@@ -275,6 +275,19 @@ def refine(elements: Sequence[Element]) -> dict[Var, Index]:
         mapping = {v: ix.subs({var: split}) for v, ix in mapping.items()}
         mapping.setdefault(var, split)
     return mapping
+
+
+def source(element: Element, whole: Collection[Var] = ()) -> Element:
+    """Where an operand comes from, as far back as views alone can lay it out again.
+
+    Stops before a gather whose index only the run knows, and before a variable of `whole` (one that is summed
+    over, and must stay one dimension) falls apart into quotient and remainder.
+    """
+
+    def accept(e: Element) -> bool:
+        return not any(ix.has_datum() or any(a.x.vars() & set(whole) for a in _divisions(ix)) for ix in e.index)
+
+    return look(element, accept)
 
 
 def _divisions(ix: Index) -> list[FloorDiv | Mod]:

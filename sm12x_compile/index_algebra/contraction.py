@@ -32,7 +32,7 @@ def _matmul(node: Node, index: Indices) -> Expr | None:
     a, b = node.args[:2]
     rank_a, rank_b = len(shape_of(a)), len(shape_of(b))
     summed = Var("l", shape_of(a)[-1])
-    l = Index.of(summed)  # noqa: E741  (the letter of the formula)
+    l = Index.of(summed)
     columns = index[len(index) - 1 :] if rank_b > 1 else ()
     rows = index[len(index) - 1 - len(columns) : len(index) - len(columns)] if rank_a > 1 else ()
     batch = index[: len(index) - len(rows) - len(columns)]
@@ -48,7 +48,7 @@ def _linear(node: Node, index: Indices) -> Expr | None:
     if len(shape_of(weight)) != 2:
         return None
     summed = Var("l", shape_of(weight)[1])
-    l = Index.of(summed)  # noqa: E741
+    l = Index.of(summed)
     total = _product_sum(node, summed, Element(x, (*index[:-1], l)), Element(weight, (index[-1], l)))
     return total if bias is None else Apply("add", (total, Element(bias, (index[-1],))), node)
 
@@ -58,7 +58,7 @@ def _addmm(node: Node, index: Indices) -> Expr | None:
     added, a, b = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     summed = Var("l", shape_of(a)[-1])
-    l = Index.of(summed)  # noqa: E741
+    l = Index.of(summed)
     batch = index[:-2]
     total = _product_sum(
         node, summed, Element(a, (*batch, index[-2], l)), Element(b, (*batch, l, index[-1]))
@@ -80,7 +80,7 @@ def _inner(node: Node, index: Indices) -> Expr | None:
     if rank_a == 0 or len(shape_of(b)) == 0:
         return None
     summed = Var("l", shape_of(a)[-1])
-    l = Index.of(summed)  # noqa: E741
+    l = Index.of(summed)
     return _product_sum(node, summed, Element(a, (*index[: rank_a - 1], l)), Element(b, (*index[rank_a - 1 :], l)))
 
 
@@ -92,7 +92,7 @@ def _tensordot(node: Node, index: Indices) -> Expr | None:
     rank_a, rank_b = len(shape_of(a)), len(shape_of(b))
     dim_a, dim_b = dims_a[0] % rank_a, dims_b[0] % rank_b
     summed = Var("l", shape_of(a)[dim_a])
-    l = Index.of(summed)  # noqa: E741
+    l = Index.of(summed)
     free_a, free_b = index[: rank_a - 1], index[rank_a - 1 :]
     left = Element(a, (*free_a[:dim_a], l, *free_a[dim_a:]))
     return _product_sum(node, summed, left, Element(b, (*free_b[:dim_b], l, *free_b[dim_b:])))

@@ -33,19 +33,19 @@ def layout_step(element: Element) -> Expr | None:
     return found(element.node, element.index) if found is not None else None
 
 
-def look(element: Element, *, through_data: bool = True) -> Element:
+def look(element: Element, accept: Callable[[Element], bool] | None = None) -> Element:
     """Where an element comes from: through every layout op whose answer is a single element.
 
-    With ``through_data=False`` it stops before a gather whose index only the run knows, so that the result can
-    be laid out again with views alone.
+    With `accept`, the farthest element that it accepts (or the one asked about).
     """
+    best = element
     while True:
         before = layout_step(element)
         if not isinstance(before, Element):
-            return element
-        if not through_data and any(ix.has_datum() for ix in before.index):
-            return element
+            return best
         element = before
+        if accept is None or accept(element):
+            best = element
 
 
 def _dim(dim: int, rank: int) -> int:

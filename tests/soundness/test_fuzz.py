@@ -16,7 +16,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -120,6 +120,8 @@ def fuzz(cases: int, seed: int | None) -> Tally:
     @settings(
         max_examples=cases, derandomize=seed is None, database=None, deadline=None, print_blob=False,
         suppress_health_check=list(HealthCheck),
+        # No shrinking: every step of it compiles, and a Spec is small enough to cut down by hand.
+        phases=[Phase.generate],
     )  # fmt: skip
     @given(specs())
     def run(spec: Spec) -> None:
