@@ -2,7 +2,8 @@
 
 The equation, with any layout of q, k, v and of the result::
 
-    out[b, h, s, v] = sum_t softmax_t( softcap(scale * sum_d q[b,h,s,d] k[b,h div G,t,d]) + masks + biases ) v[b,h div G,t,v]
+    score[t]  = softcap(scale * sum_d q[b, h, s, d] * k[b, h div G, t, d]) + masks + biases
+    out[v]    = sum_t softmax(score)[t] * v[b, h div G, t, v]
 
 Anchors: `scaled_dot_product_attention`, softmax, exp (a softmax written by hand). From the anchor we walk to the
 sum with the values (`softmax.py`), read the scores inwards to the product of q and k (`scores.py`), prove the
@@ -107,13 +108,13 @@ def _looks_like_attention(anchor: Node) -> bool:
     """Whether a product of two computed tensors feeds the anchor within a few pointwise steps."""
     seen: list[Node] = [anchor]
     products = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
+    stops = (aten.linear.default, aten.softmax.int)
     for node in seen:
-        for source in node.all_input_nodes:
-            if source.target in products:
+        for before in node.all_input_nodes:
+            if before.target in products:
                 return True
-            if len(seen) < 24 and source.op == "call_function" and source not in seen:
-                if source.target not in (aten.linear.default, aten.softmax.int):
-                    seen.append(source)
+            if len(seen) < 24 and before.op == "call_function" and before not in seen and before.target not in stops:
+                seen.append(before)
     return False
 
 
@@ -160,7 +161,7 @@ def _from_sdpa(node: Node) -> Problem | Refusal:
             read = read_terms(element)
             if isinstance(read, Refusal):
                 return read
-            masks += [m for m in read.masks]
+            masks += read.masks
             biases += read.biases
     head_dim = shape_of(q)[-1]
     scale = a.get("scale")

@@ -200,8 +200,10 @@ def _follow(anchor: Node) -> Node | Refusal | None:
         elif user.target in (aten.dropout.default, aten.native_dropout.default):
             return Refusal("dropout is active; call model.eval()", user)
         else:
+            if met or anchor.target is aten.exp.default:
+                return None  # an exponential that is not divided by its sum is no softmax
             what = str(user.target).removeprefix("aten.")
-            return Refusal(f"{what} stands between softmax and values", user) if not met else None
+            return Refusal(f"{what} stands between softmax and values", user)
     return None
 
 

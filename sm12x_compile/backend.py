@@ -141,9 +141,8 @@ def _needs_gradients(gm: GraphModule) -> bool:
         return False
     if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return True
-    return any(
-        n.target is torch._C._set_grad_enabled and n.args[0] for n in gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
-    )
+    switches = gm.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    return any(node.args[0] for node in switches)
 
 
 def _say_once(report: Report, message: str) -> None:

@@ -213,7 +213,7 @@ class GraphView:
                 return node, [*names, var], dim + 1
             blocks = divide_exactly(size, stride)
             start, inner = _split_const(const, stride)
-            rest = Index({a: c for a, c in terms}, inner)
+            rest = Index(dict(terms), inner)
             if not rest.within(0, stride):
                 raise CannotArrange(f"index {ix} overlaps")
             if blocks is None:

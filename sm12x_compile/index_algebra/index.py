@@ -346,10 +346,10 @@ def _recombined(terms: dict[Atom, Size]) -> dict[Atom, Size]:
     for atom, c in terms.items():
         if isinstance(atom, Mod):
             partner = FloorDiv(atom.x, atom.k)
-            if partner in terms and same_size(terms[partner], mul(c, atom.k)):
-                if atom.x.const == 0:
-                    rest = Index({a: n for a, n in terms.items() if a is not atom and a != partner})
-                    return (rest + atom.x * c).terms
+            found = partner in terms and same_size(terms[partner], mul(c, atom.k))
+            if found and atom.x.const == 0:
+                rest = Index({a: n for a, n in terms.items() if a is not atom and a != partner})
+                return (rest + atom.x * c).terms
     return terms
 
 

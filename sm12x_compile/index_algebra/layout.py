@@ -356,7 +356,7 @@ def _gather(node: Node, index: Indices) -> Expr | None:
     tensors = [(k, p) for k, p in enumerate(picks) if p is not None]
     ranks = [p.meta["val"].dim() for _, p in tensors]
     width, first = max(ranks), tensors[0][0]
-    together = all(b - a == 1 for (a, _), (b, _) in zip(tensors, tensors[1:], strict=False))
+    together = tensors[-1][0] - first == len(tensors) - 1
     at = first if together else 0
     picked, rest = index[at : at + width], list(index[:at] + index[at + width :])
     shape = shape_of(source)

@@ -145,6 +145,8 @@ def attention(
         raise ValueError(
             f"sm12x::attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit"
         )
+    if (q_segments is None) != (k_segments is None):
+        raise ValueError("sm12x::attention: q_segments and k_segments are given together or not at all")
     if empty_rows not in EMPTY_ROWS:
         raise ValueError(f"sm12x::attention: empty_rows={empty_rows!r}, not one of {EMPTY_ROWS}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -180,4 +182,4 @@ def attention(
         total = total.masked_fill(empty, 1.0)
     weights = (weights / total).reshape(B, Hkv, G, S, T)
     out = torch.einsum("bhgst,bhtv->bhgsv", weights, v.to(wide)).reshape(B, Hq, S, Dv)
-    return out.to(out_dtype or v.dtype)
+    return out.to(out_dtype or v.dtype).contiguous()

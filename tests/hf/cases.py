@@ -20,7 +20,7 @@ from sm12x_compile.report import Site
 Attn = Literal["eager", "sdpa"]
 Precision = Literal["fp32", "bf16"]
 Layer = Literal["full", "sliding", "encoder", "encoder-sliding", "cross"]
-Role = Literal["prompt", "cached prompt", "token", "static token"]
+Role = Literal["prompt", "token", "static token", "static token again"]
 
 CHECKED = ("mask", "window", "groups", "sinks", "softcap", "bias", "form")
 OLD = tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 23)
@@ -67,24 +67,30 @@ def checked_tags(site: Site) -> dict[str, Any]:
     return {key: site.tags[key] for key in CHECKED if key in site.tags}
 
 
-def mask_of(layer: Layer, role: Role) -> str:
+def mask_of(layer: Layer, role: Role, attn: Attn) -> str:
     """The tag `mask` that a layer must get when the caller passes no padding."""
     if layer in ("encoder", "cross"):
         return "none"
     if layer == "encoder-sliding":
         return "window"
-    if role in ("prompt", "cached prompt"):
+    if role == "prompt":
         return "causal" if layer == "full" else "window"
-    if role == "token":
-        return "none"  # a DynamicCache holds just the keys that the token may see
-    return "length" if layer == "full" else "none"  # a StaticCache is filled so far; a window's is full
+    if layer == "full":
+        # A token sees all that a DynamicCache holds, and a StaticCache as far as it is filled.
+        return "none" if role == "token" else "length"
+    # The caches of sliding layers hold one window, so a token sees all of it. The mask says so outright with sdpa
+    # and a DynamicCache, and in the first graph of a StaticCache; elsewhere it is a window whose place among the
+    # positions is a symbolic int.
+    known = attn == "sdpa" if role == "token" else role == "static token"
+    return "none" if known else "window"
 
 
 def site(model: str, layer: Layer, role: Role, attn: Attn) -> dict[str, Any]:
     """The tags that one site must carry; a key that is absent must be absent from the report as well."""
-    tags: dict[str, Any] = {"mask": mask_of(layer, role), "form": "sdpa" if attn == "sdpa" else "softmax"}
+    tags: dict[str, Any] = {"mask": mask_of(layer, role, attn), "form": "sdpa" if attn == "sdpa" else "softmax"}
     if tags["mask"] == "window":
-        tags["window"] = WINDOW
+        # `local_attention` of a bidirectional layer counts both sides: half of it on the left, and the token.
+        tags["window"] = WINDOW if layer == "sliding" else WINDOW // 2 + 1
     if model in GROUPED:
         tags["groups"] = 2
     if model == "gpt_oss":
@@ -103,8 +109,8 @@ def roles_of(phase: Phase, layers: list[Layer]) -> list[Role]:
     if phase == "prefill":
         return ["prompt"]
     if phase == "decode":
-        return ["cached prompt", "token", "token"]
-    return ["static token"] * (2 if "sliding" in layers else 1)
+        return ["prompt", "token", "token"]
+    return ["static token", "static token again"] if "sliding" in layers else ["static token"]
 
 
 def graph(model: str, role: Role, attn: Attn) -> list[dict[str, Any]]:
