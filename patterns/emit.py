@@ -12,11 +12,11 @@ from torch.fx import Node
 from sm12x_compile.index_algebra import Index, Size, Var, known_nonnegative, same_size
 from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.index_algebra.index import Datum, add, mul
-from sm12x_compile.index_algebra.predicate import Holds
+from sm12x_compile.index_algebra.predicate import Holds, substitute
 from sm12x_compile.masks import MaskTerm, StructuredMask
 from sm12x_compile.match import CannotArrange, GraphView
 
-from .roles import Problem, Roles, subs_predicate
+from .roles import Problem, Roles
 
 aten = torch.ops.aten
 
@@ -106,7 +106,7 @@ def _shortened(mask: StructuredMask, cut: dict[Var, Index]) -> StructuredMask:
         padding=tuple(Holds(h.element.subs(cut), h.expected) for h in mask.padding),
         segments=(mask.segments[0], mask.segments[1].subs(cut)) if mask.segments else None,
         dense=tuple(
-            MaskTerm(subs_predicate(m.keep, cut), m.drop_value, m.source.subs(cut), m.source_keeps)
+            MaskTerm(substitute(m.keep, cut), m.drop_value, m.source.subs(cut), m.source_keeps)
             for m in mask.dense
         ),
     )

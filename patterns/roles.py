@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from sm12x_compile.index_algebra import Element, Index, Size, Var
 from sm12x_compile.index_algebra.index import mul
+from sm12x_compile.index_algebra.predicate import predicate_vars, substitute
 from sm12x_compile.masks import MaskTerm, data_vars
 from sm12x_compile.match import Refusal, refine, source
 
@@ -42,7 +43,7 @@ class Problem:
     form: str
 
     def subs(self, mapping: dict[Var, Index]) -> Problem:
-        """Replace variables everywhere but in the masks' predicates, which `masks_subs` rewrites."""
+        """The same problem over other variables; `key` and `summed` stay."""
         return replace(
             self,
             out=tuple(ix.subs(mapping) for ix in self.out),
@@ -50,7 +51,7 @@ class Problem:
             biases=tuple((e.subs(mapping), f) for e, f in self.biases),
             sink=self.sink.subs(mapping) if self.sink is not None else None,
             rows=self.rows.subs(mapping) if self.rows is not None else None,
-            masks=tuple(replace(m, keep=subs_predicate(m.keep, mapping), source=m.source.subs(mapping))
+            masks=tuple(replace(m, keep=substitute(m.keep, mapping), source=m.source.subs(mapping))
                         for m in self.masks),
         )  # fmt: skip
 
@@ -72,19 +73,6 @@ class Roles:
         for v in self.group:
             size = mul(size, v.extent)
         return size
-
-
-def subs_predicate(p, mapping):  # type: ignore[no-untyped-def]
-    """A predicate over other variables."""
-    from sm12x_compile.index_algebra.predicate import AtMostZero, Holds, IsZero
-
-    if isinstance(p, AtMostZero):
-        return AtMostZero(p.index.subs(mapping))
-    if isinstance(p, IsZero):
-        return IsZero(p.index.subs(mapping), p.equal)
-    if isinstance(p, Holds):
-        return Holds(p.element.subs(mapping), p.expected)
-    return type(p)(tuple(subs_predicate(q, mapping) for q in p.parts))
 
 
 def assign_roles(problem: Problem) -> Roles | Refusal:
@@ -123,7 +111,7 @@ def _score_vars(problem: Problem) -> set[Var]:
     for element, _ in problem.biases:
         found = found | element.vars()
     for term in problem.masks:
-        found = found | _index_vars(term.keep) | term.source.vars()
+        found = found | predicate_vars(term.keep) | term.source.vars()
     return found
 
 
@@ -146,7 +134,7 @@ def _query(problem: Problem, rows: list[Var], low: set[Var]) -> Var | None:
         return None
     masked: set[Var] = set()
     for term in problem.masks:
-        masked |= _index_vars(term.keep)
+        masked |= predicate_vars(term.keep)
     related = [x for x in rows if x in masked]
     candidate = problem.rows.var if problem.rows is not None else None
     if candidate in rows and (candidate in related or not related):
@@ -157,16 +145,6 @@ def _query(problem: Problem, rows: list[Var], low: set[Var]) -> Var | None:
         return None
     own = [x for x in rows if x not in low]
     return own[-1] if own else None
-
-
-def _index_vars(p) -> set[Var]:  # type: ignore[no-untyped-def]
-    from sm12x_compile.index_algebra.predicate import Holds
-
-    if isinstance(p, Holds):
-        return p.element.vars()
-    if hasattr(p, "index"):
-        return p.index.vars()
-    return set().union(*(_index_vars(q) for q in p.parts)) if p.parts else set()
 
 
 def _batch_and_heads(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .index_algebra import Element, FloorDiv, Index, Size, Var, known_nonnegative, look
-from .index_algebra.index import Datum, add, mul
+from .index_algebra import Element, FloorDiv, Index, Var, known_nonnegative, look
+from .index_algebra.expr import argument, operand
+from .index_algebra.index import Datum, mul
 from .index_algebra.predicate import (
     FALSE,
     TRUE,
@@ -245,15 +246,15 @@ def _positions_behind(segment: Element) -> Element | None:
     """The positions p of segment ids computed as ``cumsum(diff(p, prepend=...) != 1, -1)``, along their last dim."""
     node = segment.node
     last = len(segment.index) - 1
-    if node.target is not aten.cumsum.default or node.args[1] not in (-1, last):
+    if node.target is not aten.cumsum.default or argument(node, 1, "dim") not in (-1, last):
         return None
-    changed = node.args[0]
+    changed = operand(node)
     if changed.target is not aten.ne.Scalar or changed.args[1] != 1:
         return None
-    diff = changed.args[0]
-    if diff.target is not aten.diff.default or (len(diff.args) > 2 and diff.args[2] not in (-1, last)):
+    diff = operand(changed)
+    if diff.target is not aten.diff.default or argument(diff, 2, "dim", -1) not in (-1, last):
         return None
-    return look(Element(diff.args[0], segment.index))
+    return look(Element(operand(diff), segment.index))
 
 
 def _solve(atoms: _Atoms, s: Var | None) -> StructuredMask | None:
@@ -319,4 +320,4 @@ def _tightest(bounds: list[Index], *, least: bool) -> Index | None:
     return best
 
 
-__all__ = ["MaskTerm", "Size", "StructuredMask", "add", "data_vars", "explain_masks"]
+__all__ = ["MaskTerm", "StructuredMask", "data_vars", "explain_masks"]

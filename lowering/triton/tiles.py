@@ -1,8 +1,13 @@
-"""Tile choices of the Triton attention kernels: pure functions of `Arch` and shape."""
+"""Tile choices of the Triton attention kernels: pure functions of `Arch` and shape.
+
+Nobody here has an SM12x card. Its rows were chosen by what the compiler says for sm_120a: they fit 99 KiB, and in
+their usual masks spill nothing inside a loop (tests/lowering/test_tiles.py). The Hopper rows were timed on an H200
+(benchmarks/results/attention_kernels-h200.json). The rows of A100 and B200 are compiled only.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +17,10 @@ from .arguments import split_head_dim
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one program computes at a time, and with how many warps and pipeline stages."""
+    """Queries and keys that a prefill program takes at a time, its warps and pipeline stages.
+
+    `max_registers` caps the registers of a thread, where two programs a multiprocessor beat one.
+    """
 
     block_m: int
     block_n: int
@@ -21,29 +29,9 @@ class Tiles:
     max_registers: int | None = None
 
 
-def prefill_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, bias: bool = False) -> Tiles:
-    width = max(sum(split_head_dim(head_dim)), sum(split_head_dim(v_head_dim)))
-    if dtype == torch.float32:
-        return Tiles(64, 32, 8, 1) if width <= 64 else Tiles(32, 32, 8, 1) if width <= 128 else Tiles(32, 16, 8, 2)
-    roomy = arch.smem_per_block >= 160 * KIB
-    if roomy:
-        t = Tiles(64, 64, 4, 3) if width <= 64 else Tiles(128, 64, 8, 2, 128) if width <= 128 else Tiles(128, 32, 8, 3)
-    elif width <= 96:
-        t = Tiles(128, 64, 8, 2)
-    elif width <= 128 or (width == 192 and v_head_dim <= 128):
-        t = Tiles(128, 32, 8, 2)
-    elif width == 256:
-        t = Tiles(64, 32, 8, 2)
-    else:
-        t = Tiles(64, 16, 4, 2)
-    if bias and t.block_n > 16:
-        t = Tiles(t.block_m, t.block_n // 2, t.num_warps, t.num_stages, t.max_registers)
-    return t
-
-
 @dataclass(frozen=True)
 class DecodeTiles:
-    """Query rows and keys that one program takes at a time, warps, stages, and the combining kernel's warps."""
+    """Query rows and keys that a decode program takes at a time, its warps and pipeline stages."""
 
     block_r: int
     block_n: int
@@ -52,12 +40,81 @@ class DecodeTiles:
     combine_warps: int = 4
 
 
+# The first row with room for both padded head dims is taken.
+Table = tuple[tuple[int, int, Tiles], ...]
+
+SM12X: Table = (
+    (96, 96, Tiles(128, 64, 8, 2)),
+    (192, 128, Tiles(128, 32, 8, 2)),
+    (192, 192, Tiles(64, 16, 4, 2)),
+    (256, 256, Tiles(64, 32, 8, 2)),
+)
+HOPPER: Table = (
+    (64, 64, Tiles(64, 64, 4, 3)),
+    (80, 80, Tiles(64, 64, 4, 3, 160)),
+    (96, 96, Tiles(128, 64, 8, 2, 128)),
+    (128, 128, Tiles(64, 64, 4, 3)),
+    (192, 128, Tiles(128, 32, 8, 3, 128)),
+    (192, 192, Tiles(64, 32, 4, 3)),
+    (256, 256, Tiles(128, 32, 8, 3)),
+)
+DATACENTER: Table = (
+    (128, 128, Tiles(128, 64, 8, 3)),
+    (192, 128, Tiles(128, 32, 8, 3)),
+    (192, 192, Tiles(64, 16, 4, 3)),
+    (256, 256, Tiles(64, 64, 8, 2)),
+)
+# fp32 is kept whole, so it runs on the plain cores: small tiles, and their size depends on registers alone.
+FP32: Table = (
+    (64, 64, Tiles(64, 32, 8, 1)),
+    (128, 128, Tiles(32, 32, 8, 1)),
+    (256, 256, Tiles(32, 16, 8, 2)),
+)
+
+
+def prefill_tiles(
+    arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, bias: bool = False
+) -> Tiles:
+    """Tiles of the prefill kernel. A bias, which is a tile of its own, halves the keys."""
+    width, v_width = sum(split_head_dim(head_dim)), sum(split_head_dim(v_head_dim))
+    tiles = next(t for w, v, t in _prefill_table(arch, dtype) if width <= w and v_width <= v)
+    return replace(tiles, block_n=tiles.block_n // 2) if bias and tiles.block_n > 16 else tiles
+
+
+def _prefill_table(arch: Arch, dtype: torch.dtype) -> Table:
+    if dtype == torch.float32:
+        return FP32
+    if arch.wgmma:
+        return HOPPER
+    return DATACENTER if arch.smem_per_block >= 160 * KIB else SM12X
+
+
 def decode_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, rows: int) -> DecodeTiles:
-    block_r = max(16, min(64, 1 << (rows - 1).bit_length()))
+    """Tiles of the decode kernel for this many query rows a KV head."""
+    wide = max(head_dim, v_head_dim) > 128
     if dtype == torch.float32:
         return DecodeTiles(16, 32, 8, 2)
-    return DecodeTiles(block_r, 64, 4, 2)
+    stages = 3 if arch.smem_per_block >= 160 * KIB else 2
+    if rows <= 16:
+        return DecodeTiles(16, 32 if wide else 64, 4, stages)
+    if rows <= 32:
+        return DecodeTiles(32, 32, 4, stages)
+    return DecodeTiles(64, 16 if wide else 32, 4, stages)
 
 
 def decode_splits(arch: Arch, tiles: DecodeTiles, groups: int, keys: int) -> int:
-    return 4
+    """Splits of the keys, for this many programs a split (batches x KV heads x row blocks).
+
+    Two programs a multiprocessor saturate the memory; more splits are taken only where they fill the last wave by
+    another twentieth, and none gets fewer than two blocks of keys. Combining costs a launch, so short caches aren't
+    split.
+    """
+    if keys <= 4 * tiles.block_n:
+        return 1
+    resident = 2 * arch.sm_count
+    most = max(1, min(MAX_SPLITS, -(-keys // (2 * tiles.block_n)), resident // max(1, min(groups, resident)) * 8))
+    waves = {s: -(-groups * s // resident) / s for s in range(1, most + 1)}
+    return next(s for s in waves if waves[s] <= 1.05 * min(waves.values()))
+
+
+MAX_SPLITS = 64

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .expr import Apply, Element, Expr, Number, Reduce, broadcast, rule, shape_of
+from .expr import Apply, Element, Expr, Number, Reduce, args_of, argument, broadcast, operand, rule, shape_of
 from .index import Index, Var
 from .layout import Indices
 
@@ -29,7 +29,7 @@ def _batched(node: Node, index: Indices, batch: Indices, tail: Indices) -> Eleme
 
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default, aten.mv.default, aten.dot.default)
 def _matmul(node: Node, index: Indices) -> Expr | None:
-    a, b = node.args[:2]
+    a, b = args_of(node)[:2]
     rank_a, rank_b = len(shape_of(a)), len(shape_of(b))
     summed = Var("l", shape_of(a)[-1])
     l = Index.of(summed)
@@ -43,8 +43,8 @@ def _matmul(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten.linear.default)
 def _linear(node: Node, index: Indices) -> Expr | None:
-    x, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    x, weight = args_of(node)[:2]
+    bias = argument(node, 2, "bias")
     if len(shape_of(weight)) != 2:
         return None
     summed = Var("l", shape_of(weight)[1])
@@ -55,8 +55,8 @@ def _linear(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten.baddbmm.default, aten.addmm.default)
 def _addmm(node: Node, index: Indices) -> Expr | None:
-    added, a, b = node.args[:3]
-    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    added, a, b = args_of(node)[:3]
+    beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
     summed = Var("l", shape_of(a)[-1])
     l = Index.of(summed)
     batch = index[:-2]
@@ -75,7 +75,7 @@ def _addmm(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten.inner.default)
 def _inner(node: Node, index: Indices) -> Expr | None:
-    a, b = node.args[:2]
+    a, b = args_of(node)[:2]
     rank_a = len(shape_of(a))
     if rank_a == 0 or len(shape_of(b)) == 0:
         return None
@@ -86,7 +86,7 @@ def _inner(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten.tensordot.default)
 def _tensordot(node: Node, index: Indices) -> Expr | None:
-    a, b, dims_a, dims_b = node.args[:4]
+    a, b, dims_a, dims_b = args_of(node)[:4]
     if len(dims_a) != 1:
         return None
     rank_a, rank_b = len(shape_of(a)), len(shape_of(b))
@@ -100,7 +100,7 @@ def _tensordot(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten.einsum.default)
 def _einsum(node: Node, index: Indices) -> Expr | None:
-    equation, operands = node.args[:2]
+    equation, operands = args_of(node)[:2]
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
     if len(names) != len(operands) or len(operands) > 2:
@@ -134,20 +134,18 @@ def _einsum(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten.sum.dim_IntList, aten.amax.default)
 def _reduce(node: Node, index: Indices) -> Expr | None:
-    source = node.args[0]
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    keep = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    dims, keep = argument(node, 1, "dim"), argument(node, 2, "keepdim", False)
     kind = "sum" if node.target is aten.sum.dim_IntList else "max"
-    return reduction(node, index, source, dims, keep, kind)
+    return reduction(node, index, operand(node), dims, keep, kind)
 
 
 @rule(operator.getitem)
 def _max_value(node: Node, index: Indices) -> Expr | None:
-    whole, which = node.args
+    whole, which = args_of(node)
     if not isinstance(whole, Node) or whole.target is not aten.max.dim or which != 0:
         return None
-    keep = whole.args[2] if len(whole.args) > 2 else whole.kwargs.get("keepdim", False)
-    return reduction(node, index, whole.args[0], [whole.args[1]], keep, "max")
+    source, dim = args_of(whole)[:2]
+    return reduction(node, index, source, [dim], argument(whole, 2, "keepdim", False), "max")
 
 
 def reduction(node: Node, index: Indices, source: Node, dims: Any, keep: bool, kind: str) -> Expr | None:

@@ -95,6 +95,21 @@ MEANING: dict[Any, Rule] = {}
 """What an op's element is made of, by overload. Layout rules live in `layout.LAYOUT`."""
 
 
+def args_of(node: Node) -> tuple[Any, ...]:
+    """The positional arguments. fx types them as a union of all that an argument may be; the op decides."""
+    return node.args
+
+
+def operand(node: Node) -> Node:
+    """The first argument, for ops where it is the tensor that they work on."""
+    return args_of(node)[0]
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument that may be given by position or by name, or left out."""
+    return args_of(node)[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
 def shape_of(node: Node) -> tuple[Size, ...]:
     return tuple(size_of(s) for s in node.meta["val"].shape)
 

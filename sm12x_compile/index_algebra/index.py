@@ -152,7 +152,7 @@ class Index:
         self._hash: int | None = None
 
     @staticmethod
-    def of(value: Index | Var | Size) -> Index:
+    def of(value: Index | Atom | Size) -> Index:
         if isinstance(value, Index):
             return value
         return Index({value: 1}) if isinstance(value, (Var, FloorDiv, Mod, Datum)) else Index(None, value)

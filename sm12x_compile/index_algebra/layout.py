@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .expr import Cases, Element, Expr, Number, Rule, broadcast, shape_of
+from .expr import Cases, Element, Expr, Number, Rule, args_of, argument, broadcast, operand, shape_of
 from .index import Index, Size, Var, add, flatten, known_nonnegative, mul, same_size, size_of, unflatten
 
 aten = torch.ops.aten
@@ -50,12 +50,6 @@ def look(element: Element, accept: Callable[[Element], bool] | None = None) -> E
 
 def _dim(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
-
-
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
 
 
 def _with(index: Indices, dim: int, new: Index) -> Indices:
@@ -99,7 +93,7 @@ def _smaller(a: Size, b: Size) -> bool:
 
 @layout(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(node: Node, index: Indices) -> Expr | None:
-    source = node.args[0]
+    source = operand(node)
     return Element(source, reshape_index(index, shape_of(node), shape_of(source)))
 
 
@@ -108,18 +102,18 @@ def _view(node: Node, index: Indices) -> Expr | None:
     aten.contiguous.default, aten.lift_fresh.default,
 )  # fmt: skip
 def _same(node: Node, index: Indices) -> Expr | None:
-    return Element(node.args[0], index)
+    return Element(operand(node), index)
 
 
 @layout(aten._to_copy.default)
 def _to_copy(node: Node, index: Indices) -> Expr | None:
-    new, old = node.meta["val"], node.args[0].meta["val"]
-    return Element(node.args[0], index) if new.dtype == old.dtype and new.device == old.device else None
+    new, old = node.meta["val"], operand(node).meta["val"]
+    return Element(operand(node), index) if new.dtype == old.dtype and new.device == old.device else None
 
 
 @layout(aten.copy.default)
 def _copy(node: Node, index: Indices) -> Expr | None:
-    target, source = node.args[:2]
+    target, source = args_of(node)[:2]
     if not isinstance(source, Node) or source.meta["val"].dtype != target.meta["val"].dtype:
         return None
     return broadcast(source, index)
@@ -128,9 +122,9 @@ def _copy(node: Node, index: Indices) -> Expr | None:
 @layout(aten.transpose.int)
 def _transpose(node: Node, index: Indices) -> Expr | None:
     moved = list(index)
-    a, b = (_dim(d, len(index)) for d in node.args[1:3])
+    a, b = (_dim(d, len(index)) for d in args_of(node)[1:3])
     moved[a], moved[b] = moved[b], moved[a]
-    return Element(node.args[0], tuple(moved))
+    return Element(operand(node), tuple(moved))
 
 
 @layout(aten.t.default, aten.numpy_T.default, aten.mT.default, aten.adjoint.default)
@@ -138,53 +132,54 @@ def _t(node: Node, index: Indices) -> Expr | None:
     if node.target in (aten.mT.default, aten.adjoint.default):
         if node.meta["val"].is_complex():
             return None
-        return Element(node.args[0], (*index[:-2], index[-1], index[-2]))
-    return Element(node.args[0], tuple(reversed(index)))
+        return Element(operand(node), (*index[:-2], index[-1], index[-2]))
+    return Element(operand(node), tuple(reversed(index)))
 
 
 @layout(aten.permute.default)
 def _permute(node: Node, index: Indices) -> Expr | None:
     moved = list(index)
-    for out, dim in enumerate(node.args[1]):
+    for out, dim in enumerate(args_of(node)[1]):
         moved[_dim(dim, len(index))] = index[out]
-    return Element(node.args[0], tuple(moved))
+    return Element(operand(node), tuple(moved))
 
 
 @layout(aten.unsqueeze.default)
 def _unsqueeze(node: Node, index: Indices) -> Expr | None:
-    dim = _dim(node.args[1], len(index))
-    return Element(node.args[0], index[:dim] + index[dim + 1 :])
+    dim = _dim(args_of(node)[1], len(index))
+    return Element(operand(node), index[:dim] + index[dim + 1 :])
 
 
 @layout(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(node: Node, index: Indices) -> Expr | None:
-    shape = shape_of(node.args[0])
-    dims = _argument(node, 1, "dim", list(range(len(shape))))
+    shape = shape_of(operand(node))
+    dims = argument(node, 1, "dim", list(range(len(shape))))
     dims = [_dim(d, len(shape)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
     left = iter(index)
     full = tuple(Index() if k in dims and s == 1 else next(left) for k, s in enumerate(shape))
-    return Element(node.args[0], full)
+    return Element(operand(node), full)
 
 
 @layout(aten.expand.default, aten.broadcast_to.default)
 def _expand(node: Node, index: Indices) -> Expr | None:
-    return broadcast(node.args[0], index)
+    return broadcast(operand(node), index)
 
 
 @layout(aten.repeat.default)
 def _repeat(node: Node, index: Indices) -> Expr | None:
-    shape = shape_of(node.args[0])
+    shape = shape_of(operand(node))
     index = index[len(index) - len(shape) :]
-    return Element(node.args[0], tuple(ix.mod(s) for ix, s in zip(index, shape, strict=True)))
+    return Element(operand(node), tuple(ix.mod(s) for ix, s in zip(index, shape, strict=True)))
 
 
 @layout(aten.repeat_interleave.self_int)
 def _repeat_interleave(node: Node, index: Indices) -> Expr | None:
-    dim = _argument(node, 2, "dim")
-    if dim is None or not isinstance(node.args[1], int):
+    source, repeats = args_of(node)[:2]
+    dim = argument(node, 2, "dim")
+    if dim is None or not isinstance(repeats, int):
         return None
     dim = _dim(dim, len(index))
-    return Element(node.args[0], _with(index, dim, index[dim].div(node.args[1])))
+    return Element(source, _with(index, dim, index[dim].div(repeats)))
 
 
 def _start(value: Any, size: Size) -> Size | None:
@@ -200,39 +195,40 @@ def _start(value: Any, size: Size) -> Size | None:
 
 @layout(aten.slice.Tensor)
 def _slice(node: Node, index: Indices) -> Expr | None:
-    dim = _dim(_argument(node, 1, "dim", 0), len(index))
-    start = _start(_argument(node, 2, "start"), shape_of(node.args[0])[dim])
+    dim = _dim(argument(node, 1, "dim", 0), len(index))
+    start = _start(argument(node, 2, "start"), shape_of(operand(node))[dim])
     if start is None:
         return None
-    stride = size_of(_argument(node, 4, "step", 1))
-    return Element(node.args[0], _with(index, dim, index[dim] * stride + start))
+    stride = size_of(argument(node, 4, "step", 1))
+    return Element(operand(node), _with(index, dim, index[dim] * stride + start))
 
 
 @layout(aten.narrow.default)
 def _narrow(node: Node, index: Indices) -> Expr | None:
-    dim = _dim(node.args[1], len(index))
-    start = _start(node.args[2], shape_of(node.args[0])[dim])
-    return None if start is None else Element(node.args[0], _with(index, dim, index[dim] + start))
+    source, dim, first = args_of(node)[:3]
+    dim = _dim(dim, len(index))
+    start = _start(first, shape_of(source)[dim])
+    return None if start is None else Element(source, _with(index, dim, index[dim] + start))
 
 
 @layout(aten.select.int)
 def _select(node: Node, index: Indices) -> Expr | None:
-    shape = shape_of(node.args[0])
-    dim = _dim(node.args[1], len(shape))
-    position = size_of(node.args[2])
+    source, dim, at = args_of(node)
+    shape = shape_of(source)
+    dim, position = _dim(dim, len(shape)), size_of(at)
     if known_nonnegative(add(mul(position, -1), -1)):
         position = add(position, shape[dim])
     elif not known_nonnegative(position):
         return None
-    return Element(node.args[0], (*index[:dim], Index(None, position), *index[dim:]))
+    return Element(source, (*index[:dim], Index(None, position), *index[dim:]))
 
 
 @layout(aten.flip.default)
 def _flip(node: Node, index: Indices) -> Expr | None:
     shape = shape_of(node)
-    dims = {_dim(d, len(index)) for d in node.args[1]}
+    dims = {_dim(d, len(index)) for d in args_of(node)[1]}
     flipped = (-ix + add(s, -1) if k in dims else ix for k, (ix, s) in enumerate(zip(index, shape, strict=True)))
-    return Element(node.args[0], tuple(flipped))
+    return Element(operand(node), tuple(flipped))
 
 
 _PIECES = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default}
@@ -240,14 +236,14 @@ _PIECES = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, at
 
 @layout(operator.getitem)
 def _piece(node: Node, index: Indices) -> Expr | None:
-    whole, number = node.args
+    whole, number = args_of(node)
     if not isinstance(whole, Node) or whole.target not in _PIECES or not isinstance(number, int):
         return None
-    source = whole.args[0]
+    source = operand(whole)
     if whole.target is aten.unbind.int:
-        dim = _dim(_argument(whole, 1, "dim", 0), len(shape_of(source)))
+        dim = _dim(argument(whole, 1, "dim", 0), len(shape_of(source)))
         return Element(source, (*index[:dim], Index(None, number), *index[dim:]))
-    dim = _dim(_argument(whole, 2, "dim", 0), len(index))
+    dim = _dim(argument(whole, 2, "dim", 0), len(index))
     start: Size = 0
     for earlier in whole.meta["val"][:number]:
         start = add(start, size_of(earlier.shape[dim]))
@@ -268,10 +264,10 @@ def _decide(index: Index, pieces: list[tuple[Size, Size, Expr]]) -> Expr:
 
 @layout(aten.cat.default)
 def _cat(node: Node, index: Indices) -> Expr | None:
-    parts = [p for p in node.args[0] if p.meta["val"].dim() == len(index)]  # an empty 1-D tensor is skipped
+    parts = [p for p in args_of(node)[0] if p.meta["val"].dim() == len(index)]  # an empty 1-D tensor is skipped
     if any(p.meta["val"].dtype != node.meta["val"].dtype for p in parts):
         return None
-    dim = _dim(_argument(node, 1, "dim", 0), len(index))
+    dim = _dim(argument(node, 1, "dim", 0), len(index))
     pieces: list[tuple[Size, Size, Expr]] = []
     start: Size = 0
     for part in parts:
@@ -283,20 +279,20 @@ def _cat(node: Node, index: Indices) -> Expr | None:
 
 @layout(aten.stack.default)
 def _stack(node: Node, index: Indices) -> Expr | None:
-    if any(p.meta["val"].dtype != node.meta["val"].dtype for p in node.args[0]):
+    if any(p.meta["val"].dtype != node.meta["val"].dtype for p in args_of(node)[0]):
         return None
-    dim = _dim(_argument(node, 1, "dim", 0), len(index))
+    dim = _dim(argument(node, 1, "dim", 0), len(index))
     rest = index[:dim] + index[dim + 1 :]
-    return _decide(index[dim], [(k, k + 1, Element(p, rest)) for k, p in enumerate(node.args[0])])
+    return _decide(index[dim], [(k, k + 1, Element(p, rest)) for k, p in enumerate(args_of(node)[0])])
 
 
 @layout(aten.slice_scatter.default)
 def _slice_scatter(node: Node, index: Indices) -> Expr | None:
-    base, source = node.args[:2]
-    dim = _dim(_argument(node, 2, "dim", 0), len(index))
+    base, source = args_of(node)[:2]
+    dim = _dim(argument(node, 2, "dim", 0), len(index))
     size = shape_of(node)[dim]
-    start = _start(_argument(node, 3, "start"), size)
-    if start is None or _argument(node, 5, "step", 1) != 1:
+    start = _start(argument(node, 3, "start"), size)
+    if start is None or argument(node, 5, "step", 1) != 1:
         return None
     stop = add(start, shape_of(source)[dim])
     inside = Element(source, _with(index, dim, index[dim] - start))
@@ -307,9 +303,8 @@ def _slice_scatter(node: Node, index: Indices) -> Expr | None:
 
 @layout(aten.select_scatter.default)
 def _select_scatter(node: Node, index: Indices) -> Expr | None:
-    base, source = node.args[:2]
-    dim = _dim(node.args[2], len(index))
-    position = node.args[3]
+    base, source, dim, position = args_of(node)
+    dim = _dim(dim, len(index))
     if not isinstance(position, int) or base.meta["val"].dtype != source.meta["val"].dtype:
         return None
     size = shape_of(node)[dim]
@@ -320,15 +315,17 @@ def _select_scatter(node: Node, index: Indices) -> Expr | None:
 
 @layout(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(node: Node, index: Indices) -> Expr | None:
-    source, pads = node.args[:2]
+    source, pads = args_of(node)[:2]
     constant = node.target is aten.constant_pad_nd.default
-    value = _argument(node, 2, "value", 0) if constant else _argument(node, 3, "value", None)
-    if not constant and _argument(node, 2, "mode", "constant") != "constant":
+    value = argument(node, 2, "value", 0) if constant else argument(node, 3, "value", None)
+    if not constant and argument(node, 2, "mode", "constant") != "constant":
         return None
     shape = shape_of(source)
     inner, outer = list(index), None
     for k in range(len(pads) // 2):
         dim, low = len(index) - 1 - k, size_of(pads[2 * k])
+        if low == 0 and size_of(pads[2 * k + 1]) == 0:
+            continue
         inner[dim] = index[dim] - low
         if not index[dim].within(low, add(low, shape[dim])):
             if outer is not None:
@@ -352,7 +349,7 @@ def _index_value(node: Node, index: Indices) -> Index | None:
 
 @layout(aten.index.Tensor)
 def _gather(node: Node, index: Indices) -> Expr | None:
-    source, picks = node.args[:2]
+    source, picks = args_of(node)[:2]
     tensors = [(k, p) for k, p in enumerate(picks) if p is not None]
     ranks = [p.meta["val"].dim() for _, p in tensors]
     width, first = max(ranks), tensors[0][0]
@@ -379,7 +376,7 @@ def _gather(node: Node, index: Indices) -> Expr | None:
 
 @layout(aten.index_select.default)
 def _index_select(node: Node, index: Indices) -> Expr | None:
-    source, dim, pick = node.args
+    source, dim, pick = args_of(node)
     dim = _dim(dim, len(index))
     value = _index_value(pick, (index[dim],)) if pick.meta["val"].dim() == 1 else None
     return None if value is None else Element(source, _with(index, dim, value))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .expr import MEANING, Apply, Element, Expr, Number, Position, broadcast, rule
+from .expr import MEANING, Apply, Element, Expr, Number, Position, args_of, argument, broadcast, operand, rule
 from .index import Index, size_of
 from .layout import Indices
 
@@ -20,8 +20,8 @@ def _apply(op: str, count: int) -> Callable[[Node, Indices], Expr | None]:
         if node.kwargs.get("rounding_mode") is not None:
             return None
         args = [broadcast(a, index) for a in node.args[:count]]
-        alpha = node.kwargs.get("alpha", node.args[2] if op in ("add", "sub") and len(node.args) > 2 else 1)
-        if alpha != 1 and op in ("add", "sub"):
+        alpha = argument(node, 2, "alpha", 1) if op in ("add", "sub") else 1
+        if alpha != 1:
             args[1] = Apply("mul", (args[1], Number(alpha)), node)
         return Apply(op, tuple(args), node)
 
@@ -83,9 +83,9 @@ def _masked_fill(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten._to_copy.default)
 def _cast(node: Node, index: Indices) -> Expr | None:
-    if node.args[0].meta["val"].device != node.meta["val"].device:
+    if operand(node).meta["val"].device != node.meta["val"].device:
         return None
-    return Apply("cast", (Element(node.args[0], index),), node, node.meta["val"].dtype)
+    return Apply("cast", (Element(operand(node), index),), node, node.meta["val"].dtype)
 
 
 @rule(aten.copy.default)
@@ -95,12 +95,12 @@ def _copy(node: Node, index: Indices) -> Expr | None:
 
 @rule(aten.tril.default, aten.triu.default)
 def _triangle(node: Node, index: Indices) -> Expr | None:
-    diagonal = node.args[1] if len(node.args) > 1 else node.kwargs.get("diagonal", 0)
+    diagonal = argument(node, 1, "diagonal", 0)
     below = Position(index[-1] - index[-2])
     op = "le" if node.target is aten.tril.default else "ge"
     keep = Apply(op, (below, Position(Index(None, size_of(diagonal)))), node)
     zero = Number(False if node.meta["val"].dtype == torch.bool else 0)
-    return Apply("where", (keep, Element(node.args[0], index), zero), node)
+    return Apply("where", (keep, Element(operand(node), index), zero), node)
 
 
 def _number(value: Any, dtype: torch.dtype) -> Number:
@@ -109,8 +109,8 @@ def _number(value: Any, dtype: torch.dtype) -> Number:
 
 @rule(aten.full.default, aten.full_like.default, aten.new_full.default, aten.fill.Scalar, aten.scalar_tensor.default)
 def _full(node: Node, index: Indices) -> Expr | None:
-    at = {aten.new_full.default: 2, aten.scalar_tensor.default: 0}.get(node.target, 1)
-    value = node.args[at] if len(node.args) > at else node.kwargs.get("fill_value")
+    position = 2 if node.target is aten.new_full.default else 0 if node.target is aten.scalar_tensor.default else 1
+    value = argument(node, position, "fill_value")
     if isinstance(value, Node):
         return broadcast(value, index)
     return _number(value, node.meta["val"].dtype)
@@ -140,5 +140,6 @@ def _constant(node: Node, index: Indices) -> Expr | None:
     """A one-element tensor constant of the graph (`torch.tensor(8.0)` in the user's code)."""
     assert node.graph.owning_module is not None
     value = getattr(node.graph.owning_module, str(node.target), None)
-    real = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
-    return Number(value.item()) if real and value.numel() == 1 else None  # type: ignore[union-attr]
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch._subclasses.FakeTensor):
+        return None
+    return Number(value.item()) if value.numel() == 1 else None

@@ -7,13 +7,15 @@ cannot be read is not an error: it becomes `Holds`, an opaque boolean element th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Union
 
 import torch
+from torch.fx import Node
 
-from .expr import Apply, Element, Expr, Number, Position, rule, shape_of, step
-from .index import Datum, Index, add, known_nonnegative, mul
+from .expr import Apply, Element, Expr, Number, Position, argument, operand, rule, shape_of, step
+from .index import Datum, Index, Var, add, known_nonnegative, mul
 from .layout import Indices, look
 
 aten = torch.ops.aten
@@ -93,7 +95,7 @@ def as_index(expr: Expr | None) -> Index | None:
         if found is not None:
             return found
     source = _source(expr)
-    return Index.of(Datum(source)) if source is not None else None  # type: ignore[arg-type]
+    return Index.of(Datum(source)) if source is not None else None
 
 
 def _is_integer(element: Element) -> bool:
@@ -207,11 +209,11 @@ _COMPARISONS = {
 def _compare(op: str, left: Expr, right: Expr) -> Predicate | None:
     distance = value_of(left)
     if isinstance(distance, Apply) and distance.op == "abs" and op in ("le", "lt"):
-        x, limit = as_index(distance.args[0]), as_index(right)
-        if x is None or limit is None:
+        a, limit = as_index(distance.args[0]), as_index(right)
+        if a is None or limit is None:
             return None
         slack = 1 if op == "lt" else 0
-        return All((AtMostZero(x - limit + slack), AtMostZero(-x - limit + slack)))
+        return All((AtMostZero(a - limit + slack), AtMostZero(-a - limit + slack)))
     a, b = as_index(left), as_index(right)
     if a is not None and b is not None and not _says_nothing(a, b):
         if op in ("ge", "gt"):
@@ -250,6 +252,24 @@ def negate(p: Predicate) -> Predicate:
         return Holds(p.element, not p.expected)
     parts = tuple(negate(q) for q in p.parts)
     return Any(parts) if isinstance(p, All) else All(parts)
+
+
+def substitute(p: Predicate, mapping: Mapping[Var, Index]) -> Predicate:
+    """A predicate over other variables."""
+    if isinstance(p, AtMostZero):
+        return AtMostZero(p.index.subs(mapping))
+    if isinstance(p, IsZero):
+        return IsZero(p.index.subs(mapping), p.equal)
+    if isinstance(p, Holds):
+        return Holds(p.element.subs(mapping), p.expected)
+    return type(p)(tuple(substitute(q, mapping) for q in p.parts))
+
+
+def predicate_vars(p: Predicate) -> set[Var]:
+    """The variables that a predicate depends on."""
+    if isinstance(p, (All, Any)):
+        return {v for q in p.parts for v in predicate_vars(q)}
+    return p.element.vars() if isinstance(p, Holds) else p.index.vars()
 
 
 def simplify(p: Predicate) -> Predicate:
@@ -336,7 +356,7 @@ def _rounded(choice: Choice | float, dtype: torch.dtype) -> Choice | float:
     return Choice(choice.when, float(pair[0]), float(pair[1]))
 
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b if b else math.nan, "neg": lambda a: -a,
     "sqrt": lambda a: math.sqrt(a) if a >= 0 else math.nan,
@@ -362,13 +382,12 @@ def _arithmetic(op: str, parts: list[Choice | float]) -> Choice | float | None:
 
 
 @rule(aten.diff.default)
-def _diff(node: torch.fx.Node, index: Indices) -> Expr | None:
+def _diff(node: Node, index: Indices) -> Expr | None:
     """``x[i] - x[i-1]`` where x is a position and the prepended element continues it."""
-    arguments = dict(zip(("input", "n", "dim", "prepend", "append"), node.args, strict=False)) | node.kwargs
-    x, prepend, dim = node.args[0], arguments.get("prepend"), arguments.get("dim", -1)
-    if arguments.get("n", 1) != 1 or arguments.get("append") is not None or prepend is None:
+    x, prepend, append = operand(node), argument(node, 3, "prepend"), argument(node, 4, "append")
+    if argument(node, 1, "n", 1) != 1 or append is not None or prepend is None:
         return None
-    dim %= len(index)
+    dim = argument(node, 2, "dim", -1) % len(index)
     if shape_of(prepend)[dim] != 1 or (v := index[dim].var) is None:
         return None
     here = as_index(Element(x, index))
@@ -377,13 +396,15 @@ def _diff(node: torch.fx.Node, index: Indices) -> Expr | None:
     if here is None or first is None or before is None:
         return None
     inner = here - here.subs({v: index[dim] - 1})
-    return Number(inner.const) if inner.is_const and inner == first - before else None  # type: ignore[arg-type]
+    if not inner.is_const or not isinstance(inner.const, int) or inner != first - before:
+        return None
+    return Number(inner.const)
 
 
 @rule(aten.cumsum.default)
-def _cumsum(node: torch.fx.Node, index: Indices) -> Expr | None:
+def _cumsum(node: Node, index: Indices) -> Expr | None:
     """The running sum of a constant is a position."""
-    constant = choice_of(Element(node.args[0], index))
+    constant = choice_of(Element(operand(node), index))
     if constant is None or isinstance(constant, Choice) or constant != int(constant):
         return None
-    return Position(index[node.args[1] % len(index)] * int(constant) + int(constant))
+    return Position(index[argument(node, 1, "dim") % len(index)] * int(constant) + int(constant))

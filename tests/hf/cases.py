@@ -67,7 +67,7 @@ def checked_tags(site: Site) -> dict[str, Any]:
     return {key: site.tags[key] for key in CHECKED if key in site.tags}
 
 
-def mask_of(layer: Layer, role: Role, attn: Attn) -> str:
+def mask_of(layer: Layer, role: Role) -> str:
     """The tag `mask` that a layer must get when the caller passes no padding."""
     if layer in ("encoder", "cross"):
         return "none"
@@ -78,16 +78,14 @@ def mask_of(layer: Layer, role: Role, attn: Attn) -> str:
     if layer == "full":
         # A token sees all that a DynamicCache holds, and a StaticCache as far as it is filled.
         return "none" if role == "token" else "length"
-    # The caches of sliding layers hold one window, so a token sees all of it. The mask says so outright with sdpa
-    # and a DynamicCache, and in the first graph of a StaticCache; elsewhere it is a window whose place among the
-    # positions is a symbolic int.
-    known = attn == "sdpa" if role == "token" else role == "static token"
-    return "none" if known else "window"
+    # The cache of a sliding layer holds one window, so a token sees all of it. The mask says so outright in the
+    # first graph of a StaticCache; elsewhere it is a window whose place among the positions is a symbolic int.
+    return "none" if role == "static token" else "window"
 
 
 def site(model: str, layer: Layer, role: Role, attn: Attn) -> dict[str, Any]:
     """The tags that one site must carry; a key that is absent must be absent from the report as well."""
-    tags: dict[str, Any] = {"mask": mask_of(layer, role, attn), "form": "sdpa" if attn == "sdpa" else "softmax"}
+    tags: dict[str, Any] = {"mask": mask_of(layer, role), "form": "sdpa" if attn == "sdpa" else "softmax"}
     if tags["mask"] == "window":
         # `local_attention` of a bidirectional layer counts both sides: half of it on the left, and the token.
         tags["window"] = WINDOW if layer == "sliding" else WINDOW // 2 + 1
