@@ -101,13 +101,12 @@ def masked_sdpa(
     if bias is not None and bias.dtype == torch.bool:
         keep, bias = (bias if keep is None else keep & bias), None
     low = torch.finfo(q.dtype).min if empty_rows == "mean" else -math.inf
+    mask = keep
     if bias is not None:
         mask = bias.to(q.dtype)
         mask = mask if keep is None else torch.where(keep, mask, low)
     elif empty_rows == "mean" and keep is not None:
         mask = torch.where(keep, 0.0, low).to(q.dtype)
-    else:
-        mask = keep
     out = _sdpa(q, k, v, scale, mask, False)
     return out if out_dtype is None else out.to(out_dtype)
 

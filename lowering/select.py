@@ -45,7 +45,7 @@ def lower(
         chosen, _ = choose(call, run, options)
         if chosen is None:
             continue
-        if chosen.inline:
+        if chosen.overload is None:
             splicer.inline(node, chosen)
         else:
             node.target = chosen.overload

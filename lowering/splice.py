@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sm12x_compile.match import GraphView
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Kernel
 
@@ -17,6 +18,7 @@ class Splicer:
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
+        self.view = GraphView(gm)
         self._traces: dict[Any, GraphModule] = {}
         self._shared: dict[Any, Node] = {}
 
@@ -37,7 +39,7 @@ class Splicer:
                     result = torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])
                 else:
                     replacement[inner] = self._copy(body, inner, replacement)
-        node.replace_all_uses_with(result)
+        self.view.replace(node, result)
         self.gm.graph.erase_node(node)
 
     def _copy(self, body: GraphModule, inner: Node, replacement: dict[Node, Any]) -> Node:
@@ -51,7 +53,7 @@ class Splicer:
         key = (inner.target, repr((args, kwargs)))
         if key in self._shared and isinstance(inner.target, torch._ops.OpOverload):
             return self._shared[key]
-        copied = self.gm.graph.call_function(inner.target, args, kwargs)
+        copied = self.gm.graph.create_node(inner.op, inner.target, args, kwargs)
         copied.meta["val"] = inner.meta.get("val")
         self._shared[key] = copied
         return copied

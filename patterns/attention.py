@@ -28,6 +28,7 @@ from torch.fx import Node
 
 from sm12x_compile.index_algebra import Element, Index, Var, same_size
 from sm12x_compile.index_algebra.expr import broadcast, shape_of
+from sm12x_compile.index_algebra.index import divide_exactly
 from sm12x_compile.index_algebra.predicate import AtMostZero, predicate_of
 from sm12x_compile.masks import MaskTerm, StructuredMask, explain_masks
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite, source
@@ -53,10 +54,8 @@ aten = torch.ops.aten
 )
 def attention(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     """Recognise one attention at its softmax."""
-    if anchor.target is aten.scaled_dot_product_attention.default:
-        problem = _from_sdpa(anchor)
-    else:
-        problem = _from_softmax(anchor)
+    sdpa = anchor.target is aten.scaled_dot_product_attention.default
+    problem = _from_sdpa(anchor) if sdpa else _from_softmax(anchor)
     if not isinstance(problem, Problem):
         return problem
     roles = assign_roles(problem)
@@ -136,7 +135,9 @@ def _from_sdpa(node: Node) -> Problem | Refusal:
     batch, row, column = out[:-2], out[-2], out[-1]
     heads = batch
     if a.get("enable_gqa") and len(batch) and not same_size(shape_of(q)[-3], shape_of(k)[-3]):
-        groups = shape_of(q)[-3] // shape_of(k)[-3]  # type: ignore[operator]
+        groups = divide_exactly(shape_of(q)[-3], shape_of(k)[-3])
+        if groups is None:
+            return Refusal("the query heads are no multiple of the KV heads", node)
         heads = (*batch[:-1], batch[-1].div(groups))
 
     def at(x: Node, lead: tuple[Index, ...], *tail: Index) -> Element:

@@ -119,7 +119,7 @@ def _in_order(ix: Index) -> list[Var]:
     """The variables of a mixed-radix index, the slowest first."""
     terms = [(a, c) for a, c in ix.terms.items() if isinstance(a, Var)]
     if all(isinstance(c, int) for _, c in terms):
-        terms.sort(key=lambda term: -term[1])  # type: ignore[operator]
+        terms.sort(key=lambda term: term[1], reverse=True)
     return [a for a, _ in terms]
 
 

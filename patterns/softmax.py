@@ -21,12 +21,14 @@ from sm12x_compile.index_algebra import (
     Expr,
     Index,
     Reduce,
+    Size,
     Var,
     look,
     same_size,
     step,
 )
-from sm12x_compile.index_algebra.expr import shape_of
+from sm12x_compile.index_algebra.expr import args_of, argument, operand, shape_of
+from sm12x_compile.index_algebra.index import add
 from sm12x_compile.index_algebra.layout import LAYOUT
 from sm12x_compile.match import Refusal, source
 
@@ -75,14 +77,15 @@ def fresh_index(node: Node) -> tuple[Index, ...]:
 
 
 def is_inactive_dropout(node: Node) -> bool:
-    if node.target is aten.native_dropout.default:
+    if node.target is not aten.dropout.default:
         return False
-    return node.target is aten.dropout.default and (node.args[1] == 0 or node.args[2] is False)
+    _, p, training = args_of(node)
+    return p == 0 or training is False
 
 
 def keeps_numbers(cast: Apply) -> bool:
     """Whether a cast only rounds: from one ordinary floating dtype to another."""
-    before = cast.node.args[-1 if cast.node.target is aten.copy.default else 0]
+    before = args_of(cast.node)[-1 if cast.node.target is aten.copy.default else 0]
     return {before.meta["val"].dtype, cast.detail} <= _FLOATS
 
 
@@ -91,7 +94,7 @@ def strip(expr: Expr) -> Expr:
     while isinstance(expr, Element):
         expr = source(expr)
         if is_inactive_dropout(expr.node):
-            expr = Element(expr.node.args[0], expr.index)
+            expr = Element(operand(expr.node), expr.index)
             continue
         inner = step(expr)
         if not (isinstance(inner, Apply) and inner.op == "cast" and keeps_numbers(inner)):
@@ -148,7 +151,14 @@ def _assemble(
     if any(key in ix.vars() for k, ix in enumerate(index) if k != dim):
         return Refusal("the weights are summed along two dimensions", top)
     size = shape_of(anchor)[dim]
-    at = lambda ix: Element(anchor.args[0], (*index[:dim], ix, *index[dim + 1 :]))  # noqa: E731
+
+    scores = operand(anchor)
+    if scores.target is aten.log_softmax.int:
+        scores = operand(scores)
+
+    def at(ix: Index) -> Element:
+        return Element(scores, (*index[:dim], ix, *index[dim + 1 :]))
+
     if form == "softmax" and not same_size(size, key.extent):
         spare = _spare_column(size, key, along)
         if spare is None:
@@ -158,9 +168,9 @@ def _assemble(
     return WeightedSum(top, out, key, at(along), sinks, value, rows, form)
 
 
-def _spare_column(size: object, key: Var, along: Index) -> Index | None:
+def _spare_column(size: Size, key: Var, along: Index) -> Index | None:
     """The one column that the sum leaves out, at either end."""
-    if not same_size(size, (Index.of(key.extent) + 1).const):  # type: ignore[arg-type]
+    if not same_size(size, add(key.extent, 1)):
         return None
     if along.const == 0:
         return Index(None, key.extent)
@@ -169,7 +179,7 @@ def _spare_column(size: object, key: Var, along: Index) -> Index | None:
 
 def _follow(anchor: Node) -> Node | Refusal | None:
     """Forward from the softmax to the node that completes the weighted sum."""
-    node, met, divided = anchor, False, anchor.target is not aten.exp.default or _is_logsumexp(anchor)
+    node, met, divided = anchor, False, anchor.target is not aten.exp.default or _normalised_dim(anchor) is not None
     for _ in range(64):
         # The exponentials of a softmax by hand have a second reader: the sum that they are divided by.
         users = [u for u in node.users if divided or met or u.target is not aten.sum.dim_IntList]
@@ -212,15 +222,19 @@ def _summed_next(product: Node) -> bool:
     return len(users) == 1 and users[0].target is aten.sum.dim_IntList
 
 
-def _is_logsumexp(exp: Node) -> bool:
-    inner = exp.args[0]
-    return isinstance(inner, Node) and inner.target is aten.sub.Tensor and _lse_of(inner) is not None
-
-
-def _lse_of(sub: Node) -> Node | None:
-    lse = sub.args[1]
-    same = isinstance(lse, Node) and lse.target is aten.logsumexp.default and lse.args[0] is sub.args[0]
-    return lse if same else None  # type: ignore[return-value]
+def _normalised_dim(exp: Node) -> int | None:
+    """The softmax dimension of ``exp(x - logsumexp(x))`` and ``exp(log_softmax(x))``."""
+    inner = operand(exp)
+    if inner.target is aten.log_softmax.int:
+        return argument(inner, 1, "dim")
+    if inner.target is not aten.sub.Tensor or inner.kwargs:
+        return None
+    x, lse = args_of(inner)
+    if not isinstance(lse, Node) or lse.target is not aten.logsumexp.default or operand(lse) is not x:
+        return None
+    dims = argument(lse, 1, "dim")
+    dims = dims if isinstance(dims, (list, tuple)) else [dims]
+    return dims[0] if len(dims) == 1 and argument(lse, 2, "keepdim", False) else None
 
 
 Found = tuple[Element, int, tuple[Element, ...], str]
@@ -232,7 +246,7 @@ def _weights(anchor: Node, weights: Expr, denominator: Expr | None) -> Found | R
         return None
     rank = len(shape_of(anchor))
     if weights.node is anchor and anchor.target is not aten.exp.default:
-        return (weights, anchor.args[1] % rank, (), "softmax") if denominator is None else None
+        return (weights, args_of(anchor)[1] % rank, (), "softmax") if denominator is None else None
     if weights.node is not anchor:
         quotient = step(weights)
         if denominator is not None or not isinstance(quotient, Apply) or quotient.op != "div":
@@ -243,15 +257,8 @@ def _weights(anchor: Node, weights: Expr, denominator: Expr | None) -> Found | R
             return None
         weights = numerator
     if denominator is None:
-        if not _is_logsumexp(anchor):
-            return None
-        sub = anchor.args[0]
-        lse = _lse_of(sub)
-        dims = lse.args[1]
-        dims = dims if isinstance(dims, (list, tuple)) else [dims]
-        if len(dims) != 1 or not (len(lse.args) > 2 and lse.args[2]):
-            return None
-        return weights, dims[0] % rank, (), "exp"
+        dim = _normalised_dim(anchor)
+        return None if dim is None else (weights, dim % rank, (), "exp")
     return _normaliser(anchor, weights, strip(denominator))
 
 
@@ -267,7 +274,7 @@ def _normaliser(anchor: Node, weights: Element, denominator: Expr) -> Found | Re
             return Refusal("the denominator is not the sum of the weights", anchor)
         if others[0].node.target is not aten.exp.default:
             return Refusal("the denominator has a term that is no exponential", anchor)
-        sinks.append(Element(others[0].node.args[0], others[0].index))
+        sinks.append(Element(operand(others[0].node), others[0].index))
         total = step(sums[0])
     if not (isinstance(total, Reduce) and total.kind == "sum"):
         return Refusal("the denominator is not the sum of the weights", anchor)

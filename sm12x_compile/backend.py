@@ -106,7 +106,7 @@ def _finish(
         report.cuda_graph = (True, "asked for; Inductor logs it if it skips a graph")
     else:
         report.cuda_graph = (False, "not asked for (cuda_graphs=True turns them on)" if on_cuda else None)
-    compiled = compile_fx(gm, list(inputs), config_patches=patches or None)
+    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
     report.add_seconds("inductor", time.perf_counter() - started)
     return compiled
 

@@ -7,7 +7,9 @@ a tensor out again from an index map (`arrange`), so that a pattern never cares 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -78,9 +80,55 @@ class GraphView:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Append a call at the insertion point, with the fake value that it computes."""
         node = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        node.meta["val"] = target(*values[0], **values[1])
+        node.meta["val"] = self.value(node)
         return node
+
+    def value(self, node: Node) -> Any:
+        """The fake value that a call computes from those of its arguments."""
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    @cached_property
+    def fake_mode(self) -> Any:
+        values = (n.meta.get("val") for n in self.graph.nodes)
+        found = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
+        return found or nullcontext()
+
+    def replace(self, node: Node, value: Node) -> None:
+        """Let `value` take the place of `node` for its readers, which may find it in other strides.
+
+        Views that no longer fit become reshapes; what the graph returns keeps the strides that it had.
+        """
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user is not value)
+        changed = [(value, node.meta["val"])]
+        while changed:
+            here, before = changed.pop()
+            if _same_strides(here.meta["val"], before):
+                continue
+            for user in list(here.users):
+                if user.op == "output":
+                    self._restride(here, before, user)
+                elif user.op == "call_function" and user.target is not aten.copy_.default:
+                    old = user.meta["val"]
+                    try:
+                        new = self.value(user)
+                    except (RuntimeError, ValueError):
+                        if user.target is not aten.view.default:
+                            raise
+                        user.target = aten.reshape.default
+                        new = self.value(user)
+                    user.meta["val"] = new
+                    changed.append((user, old))
+
+    def _restride(self, node: Node, before: torch.Tensor, output: Node) -> None:
+        """A copy of `node` in the strides of `before`, for the graph's output alone."""
+        order = sorted(range(before.dim()), key=lambda k: (-_hint(before.stride(k)), k))
+        with self.graph.inserting_before(output):
+            dense = self.call(aten.permute.default, node, order)
+            dense = self.call(aten.clone.default, dense, memory_format=torch.contiguous_format)
+            result = self.call(aten.permute.default, dense, [order.index(k) for k in range(len(order))])
+        output.replace_input_with(node, result)
 
     def size(self, value: Size) -> int | Node:
         """A size as an argument: an int, or a node that computes it.
@@ -166,10 +214,10 @@ class GraphView:
             gone = [p in absent for p in places]
             if any(gone) and not all(gone):
                 # Part of the group is broadcast: only that part must be expanded before merging.
-                full = [-1] * len(node.meta["val"].shape)
+                full: list[int | Node] = [-1] * len(node.meta["val"].shape)
                 for p, v in zip(places, group, strict=True):
                     if p in absent:
-                        full[p] = self.size(v.extent)  # type: ignore[call-overload]
+                        full[p] = self.size(v.extent)
                 node = self.call(aten.expand.default, node, full)
                 gone = [False]
             size: Size = 1
@@ -234,6 +282,18 @@ class GraphView:
         if start == 0 and same_size(size, length):
             return node
         return self.call(aten.slice.Tensor, node, dim, self.size(start), self.size(add(start, length)))
+
+
+def _hint(size: Any) -> int:
+    return size.node.hint or 0 if isinstance(size, torch.SymInt) else int(size)
+
+
+def _same_strides(a: Any, b: Any) -> bool:
+    """Whether two results are laid out alike; strides of dimensions of size 1 do not count."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return True
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(_hint(size) == 1 or _hint(x) == _hint(y) for size, x, y in pairs)
 
 
 class _Order:

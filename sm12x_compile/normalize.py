@@ -7,6 +7,7 @@ op vocabulary, every write a value, symbolic sizes intact. Mutated inputs become
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from . import scalar_index
+from .vocabulary import unify
 
 aten = torch.ops.aten
 
@@ -63,12 +67,12 @@ def normalize(gm: GraphModule) -> GraphModule:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(keys), FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
-            out = _WithoutGradSwitches(gm).run(*wrapped)
+            out = _Reader(gm).run(*wrapped)
             result = pytree.tree_map_only(FunctionalTensor, _unwrap, out)
             written = [
                 (i, _unwrap(a))
                 for i, a in enumerate(wrapped)
-                if isinstance(a, FunctionalTensor) and torch._functionalize_has_data_mutation(a.elem)
+                if isinstance(a, FunctionalTensor) and _is_written(a)
             ]
         for i, value in written:
             args[i].copy_(value)
@@ -83,23 +87,39 @@ def normalize(gm: GraphModule) -> GraphModule:
     for node in list(normal.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             normal.graph.erase_node(node)
+        elif node.target in (aten.item.default, aten._local_scalar_dense.default):
+            # Tracing has put the value of *these* inputs into the graph.
+            raise NotNormalizable("reads a tensor's value (item())")
+    unify(normal)
     _carry_over(gm, normal)
     normal.recompile()
     return normal
 
 
-class _WithoutGradSwitches(torch.fx.Interpreter):
-    """Runs the graph with grad-mode switches left out: the backend only gets here when nothing needs gradients."""
+class _Reader(torch.fx.Interpreter):
+    """Runs Dynamo's graph with what the normal form has no place for taken out.
+
+    Grad-mode switches do nothing, because the backend only gets here when nothing needs gradients; an index that
+    is a 0-d tensor stays a tensor.
+    """
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _GRAD_SWITCHES:
             return None
+        if target is operator.getitem and isinstance(args[0], torch.Tensor) and scalar_index.is_scalar_index(args[1]):
+            return scalar_index.getitem(*args)
+        if target is operator.setitem and scalar_index.is_scalar_index(args[1]):
+            return scalar_index.setitem(*args)
         return super().call_function(target, args, kwargs)
 
 
 def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
     torch._sync(tensor)
     return torch._from_functional_tensor(tensor.elem)
+
+
+def _is_written(tensor: FunctionalTensor) -> bool:
+    return torch._functionalize_has_data_mutation(tensor.elem)  # type: ignore[attr-defined]  # not in torch's stubs
 
 
 def _fake_mode(fakes: list[Any]) -> Any:
@@ -126,6 +146,8 @@ def _refuse_unsupported(gm: GraphModule) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotNormalizable("the graph is traced inside a functorch transform")
     for node in gm.graph.nodes:
+        if node.op == "call_method" and node.target in ("item", "tolist"):
+            raise NotNormalizable(f"reads a tensor's value ({node.target}())")
         if node.op in ("call_function", "get_attr"):
             target = node.target
             if isinstance(target, HigherOrderOperator):

@@ -94,7 +94,7 @@ def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | 
             for key in ("nn_module_stack", "stack_trace"):
                 if key in anchor.meta:
                     node.meta[key] = anchor.meta[key]
-        outcome.node.replace_all_uses_with(outcome.value, delete_user_cb=lambda user: user not in _added(view, before))
+        view.replace(outcome.node, outcome.value)
         logger.info("%s: %s -> %s %s", site.module or site.source, pattern.name, site.op, dict(outcome.tags))
         return site, outcome.call
     for node in reversed(list(view.graph.nodes)):
@@ -109,10 +109,6 @@ def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | 
     )  # fmt: skip
     logger.info("%s: near miss of %s: %s", site.module or site.source, pattern.name, site.reason)
     return site, None
-
-
-def _added(view: GraphView, before: set[Node]) -> set[Node]:
-    return {n for n in view.graph.nodes if n not in before}
 
 
 def _op_name(call: Node) -> str:

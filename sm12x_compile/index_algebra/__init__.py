@@ -16,7 +16,7 @@ give positions and predicates. So a family of subgraphs is stated as one equatio
 * `layout`, `pointwise`, `contraction`: the rules, one table each: aten overload -> rule.
 """
 
-from . import contraction, pointwise, predicate  # noqa: F401  (registers the rules)
+from . import contraction, pointwise  # noqa: F401  (registers the rules)
 from .expr import Apply, Cases, Element, Expr, Number, Position, Reduce, step
 from .index import Datum, FloorDiv, Index, Mod, Size, Var, known_nonnegative, same_size, size_of
 from .layout import look

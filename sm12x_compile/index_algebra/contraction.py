@@ -116,16 +116,15 @@ def _einsum(node: Node, index: Indices) -> Expr | None:
     out = output.replace("...", "".join(map(str, range(dots))))
     where: dict[str, Index] = dict(zip(out, index, strict=True))
     summed: list[Var] = []
-    for operand, letters_ in zip(operands, spell, strict=True):
-        for letter, size in zip(letters_, shape_of(operand), strict=True):
+    for tensor, letters_ in zip(operands, spell, strict=True):
+        for letter, size in zip(letters_, shape_of(tensor), strict=True):
             if letter not in where:
                 summed.append(Var(letter, size))
                 where[letter] = Index.of(summed[-1])
     elements: list[Expr] = []
-    for operand, letters_ in zip(operands, spell, strict=True):
-        shape = shape_of(operand)
-        sized = zip(letters_, shape, strict=True)
-        elements.append(Element(operand, tuple(Index() if s == 1 else where[c] for c, s in sized)))
+    for tensor, letters_ in zip(operands, spell, strict=True):
+        sized = zip(letters_, shape_of(tensor), strict=True)
+        elements.append(Element(tensor, tuple(Index() if s == 1 else where[c] for c, s in sized)))
     body: Expr = elements[0] if len(elements) == 1 else Apply("mul", tuple(elements), node)
     for var in summed:
         body = Reduce("sum", var, body, node)

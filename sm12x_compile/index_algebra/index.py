@@ -39,7 +39,7 @@ def size_of(value: Any) -> Size:
 def _plain(value: Size) -> Size:
     if isinstance(value, int):
         return value
-    return int(value) if value.is_Integer else value  # type: ignore[arg-type]
+    return int(value) if isinstance(value, sympy.Integer) else value
 
 
 def add(a: Size, b: Size) -> Size:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .expr import MEANING, Apply, Element, Expr, Number, Position, args_of, argument, broadcast, operand, rule
+from .expr import MEANING, Apply, Element, Expr, Number, Position, argument, broadcast, operand, rule, shape_of
 from .index import Index, size_of
 from .layout import Indices
+from .predicate import Choice, as_index, choice_of
 
 aten = torch.ops.aten
 
@@ -143,3 +144,35 @@ def _constant(node: Node, index: Indices) -> Expr | None:
     if not isinstance(value, torch.Tensor) or isinstance(value, torch._subclasses.FakeTensor):
         return None
     return Number(value.item()) if value.numel() == 1 else None
+
+
+# ---------------------------------------------------------------- positions as masks compute them
+
+
+@rule(aten.diff.default)
+def _diff(node: Node, index: Indices) -> Expr | None:
+    """``x[i] - x[i-1]`` where x is a position and the prepended element continues it."""
+    x, prepend, append = operand(node), argument(node, 3, "prepend"), argument(node, 4, "append")
+    if argument(node, 1, "n", 1) != 1 or append is not None or prepend is None:
+        return None
+    dim = argument(node, 2, "dim", -1) % len(index)
+    if shape_of(prepend)[dim] != 1 or (v := index[dim].var) is None:
+        return None
+    here = as_index(Element(x, index))
+    first = as_index(Element(x, (*index[:dim], Index(), *index[dim + 1 :])))
+    before = as_index(Element(prepend, (*index[:dim], Index(), *index[dim + 1 :])))
+    if here is None or first is None or before is None:
+        return None
+    inner = here - here.subs({v: index[dim] - 1})
+    if not inner.is_const or not isinstance(inner.const, int) or inner != first - before:
+        return None
+    return Number(inner.const)
+
+
+@rule(aten.cumsum.default)
+def _cumsum(node: Node, index: Indices) -> Expr | None:
+    """The running sum of a constant is a position."""
+    constant = choice_of(Element(operand(node), index))
+    if constant is None or isinstance(constant, Choice) or not constant.is_integer():
+        return None
+    return Position(index[argument(node, 1, "dim") % len(index)] * int(constant) + int(constant))

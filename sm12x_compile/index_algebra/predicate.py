@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Union
 
 import torch
-from torch.fx import Node
 
-from .expr import Apply, Element, Expr, Number, Position, argument, operand, rule, shape_of, step
+from .expr import Apply, Element, Expr, Number, Position, step
 from .index import Datum, Index, Var, add, known_nonnegative, mul
-from .layout import Indices, look
+from .layout import look
 
 aten = torch.ops.aten
 
@@ -105,13 +104,15 @@ def _is_integer(element: Element) -> bool:
 
 def _source(expr: Expr | None) -> Element | None:
     """The last element before the value: what can be read at run time."""
-    while isinstance(expr, Element):
-        source = look(expr)
-        inner = step(source)
-        if not isinstance(inner, Element):
-            return source if _is_integer(source) else None
-        expr = inner
-    return None
+    if not isinstance(expr, Element):
+        return None
+    source = look(expr, _can_be_laid_out)
+    return source if _is_integer(source) else None
+
+
+def _can_be_laid_out(element: Element) -> bool:
+    """Whether views alone could bring the element's tensor into the order of the indices."""
+    return not any(ix.has_datum() for ix in element.index)
 
 
 def _integer_arithmetic(value: Apply) -> Index | None:
@@ -141,8 +142,8 @@ def predicate_of(expr: Expr) -> Predicate | None:
     """The truth of a boolean expression; None if it is no element and cannot be read."""
     opaque: Element | None = None
     while isinstance(expr, Element):
-        opaque = look(expr)
-        inner = step(opaque)
+        opaque = look(expr, _can_be_laid_out)
+        inner = step(look(expr))
         if inner is None:
             break
         expr = inner
@@ -376,35 +377,3 @@ def _arithmetic(op: str, parts: list[Choice | float]) -> Choice | float | None:
     a = function(*(p.if_true if isinstance(p, Choice) else p for p in parts))
     b = function(*(p.if_false if isinstance(p, Choice) else p for p in parts))
     return None if math.isnan(a) or math.isnan(b) else Choice(choices[0].when, a, b)
-
-
-# ---------------------------------------------------------------- two ops that masks are built with
-
-
-@rule(aten.diff.default)
-def _diff(node: Node, index: Indices) -> Expr | None:
-    """``x[i] - x[i-1]`` where x is a position and the prepended element continues it."""
-    x, prepend, append = operand(node), argument(node, 3, "prepend"), argument(node, 4, "append")
-    if argument(node, 1, "n", 1) != 1 or append is not None or prepend is None:
-        return None
-    dim = argument(node, 2, "dim", -1) % len(index)
-    if shape_of(prepend)[dim] != 1 or (v := index[dim].var) is None:
-        return None
-    here = as_index(Element(x, index))
-    first = as_index(Element(x, (*index[:dim], Index(), *index[dim + 1 :])))
-    before = as_index(Element(prepend, (*index[:dim], Index(), *index[dim + 1 :])))
-    if here is None or first is None or before is None:
-        return None
-    inner = here - here.subs({v: index[dim] - 1})
-    if not inner.is_const or not isinstance(inner.const, int) or inner != first - before:
-        return None
-    return Number(inner.const)
-
-
-@rule(aten.cumsum.default)
-def _cumsum(node: Node, index: Indices) -> Expr | None:
-    """The running sum of a constant is a position."""
-    constant = choice_of(Element(operand(node), index))
-    if constant is None or isinstance(constant, Choice) or constant != int(constant):
-        return None
-    return Position(index[argument(node, 1, "dim") % len(index)] * int(constant) + int(constant))

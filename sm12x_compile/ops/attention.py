@@ -25,7 +25,8 @@ _OPTIONAL = 16  # arguments after v, in the schema's order; out_dtype is the las
 
 def attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out_dtype = kwargs.get("out_dtype", args[-1] if len(args) == _OPTIONAL else None)
-    return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]), dtype=out_dtype or v.dtype)
+    shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+    return q.new_empty(shape, dtype=out_dtype or v.dtype).transpose(1, 2)
 
 
 def allowed_keys(
@@ -134,7 +135,7 @@ def attention(
         out_dtype: dtype of the result; default that of ``v``.
 
     Returns:
-        ``[B, Hq, S, Dv]``.
+        ``[B, Hq, S, Dv]``, stored as ``[B, S, Hq, Dv]``: nearly every caller puts the heads last again.
 
     Raises:
         ValueError: the shapes or ``empty_rows`` are not as above.
@@ -181,5 +182,5 @@ def attention(
     elif empty_rows == "zero":
         total = total.masked_fill(empty, 1.0)
     weights = (weights / total).reshape(B, Hkv, G, S, T)
-    out = torch.einsum("bhgst,bhtv->bhgsv", weights, v.to(wide)).reshape(B, Hq, S, Dv)
-    return out.to(out_dtype or v.dtype).contiguous()
+    out = torch.einsum("bhgst,bhtv->bshgv", weights, v.to(wide)).reshape(B, S, Hq, Dv)
+    return out.to(out_dtype or v.dtype).contiguous().transpose(1, 2)

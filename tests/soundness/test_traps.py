@@ -180,6 +180,24 @@ def test_result_has_the_strides_of_eager():
         assert [x.stride() for x in ours] == [x.stride() for x in eager]
 
 
+def test_view_of_the_result_inside_the_graph():
+    # The trace turned the user's reshape into a view, by the strides that the original op would have given.
+    def function(q, k, v):
+        return attend(q, k, v).flatten(1), F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    tokens_first = tuple(x.transpose(1, 2) for x in heads())
+    fused = (
+        torch.randn(2, 5, 3, 2, 4, generator=torch.Generator().manual_seed(6))
+        .permute(2, 0, 3, 1, 4)
+        .unbind(0)
+    )
+    for inputs in (heads(), tokens_first, fused):
+        check(function, inputs, sites=2)
+        check(function, inputs, sites=2, codegen="inductor")
+    mask = torch.tensor([[True, False, True, True, True]])
+    check(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2), fused)
+
+
 # Inputs of unusual layout
 
 

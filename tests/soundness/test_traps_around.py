@@ -177,39 +177,80 @@ def test_two_threads():
 # Failures inside
 
 
-def check_fallback(reason: str, function=attend) -> sm12x_compile.Report:
-    """The graph is left as Dynamo gave it, the numbers are right, and the report says why."""
-    report = check(function, heads(), sites=0)
-    assert any(reason in w for w in report.warnings), f"{reason!r} is not among {report.warnings}"
-    return report
-
-
 def raising(*args, **kwargs):
     raise ZeroDivisionError("injected")
+
+
+def said(report: sm12x_compile.Report, *words: str) -> bool:
+    """Whether a warning or a site's reason holds all the words."""
+    sentences = [*report.warnings, *(f"{s.pattern}: {s.reason}" for s in report.sites if s.reason)]
+    return any(all(word in sentence for word in words) for sentence in sentences)
+
+
+@pytest.mark.parametrize("stage", ["normalize", "recognise", "lower", "clean"])
+def test_stage_that_raises(stage: str, monkeypatch: pytest.MonkeyPatch):
+    """The graph is left as Dynamo gave it, the numbers are right, and the report says why."""
+    monkeypatch.setattr(f"sm12x_compile.pipeline.{stage}", raising)
+
+    def function(q, k, v, cache):
+        cache[:, :, :1] = k[:, :, :1]
+        return attend(q, cache, v)
+
+    q, k, v = heads()
+    report = check(function, (q, k, v, torch.zeros(2, 2, 5, 4)), sites=0)
+    assert report.sites == [] and said(report, "left as it is", "injected"), report.warnings
+    monkeypatch.undo()
+    check(function, (q, k, v, torch.zeros(2, 2, 5, 4)), sites=1)
+
+
+def test_matcher_that_raises_in_the_middle(monkeypatch: pytest.MonkeyPatch):
+    """What a pattern had added to the graph before it failed is taken out again."""
+    original, calls = sm12x_compile.GraphView.arrange, []
+
+    def arrange(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raising()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(sm12x_compile.GraphView, "arrange", arrange)
+    report = check(lambda q, k, v: attend(attend(q, k, v), k, v), heads(), sites=1)
+    assert len(calls) > 2 and said(report, "injected"), str(report)
 
 
 @pytest.mark.usefixtures("registered")
 def test_built_in_pattern_that_raises():
     sm12x_compile.register_pattern("attention", anchors=[torch.ops.aten.softmax.int], merit=0)(raising)
-    check_fallback("injected")
+    assert said(check(attend, heads(), sites=0), "attention", "injected")
 
 
 @pytest.mark.usefixtures("registered")
 def test_outside_pattern_that_raises():
     # The broken pattern is reported; the built-in one still runs.
     sm12x_compile.register_pattern("broken", anchors=[torch.ops.aten.softmax.int])(raising)
-    report = check(attend, heads())
-    assert any("broken" in w and "injected" in w for w in report.warnings), report.warnings
+    assert said(check(attend, heads(), sites=1), "broken", "injected")
 
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("answer", [42, "yes", torch.ones(1)], ids=["int", "str", "tensor"])
 def test_outside_pattern_that_answers_nonsense(answer: object):
-    sm12x_compile.register_pattern("nonsense", anchors=[torch.ops.aten.softmax.int])(
-        lambda node, view: answer
-    )
-    report = check(attend, heads())
-    assert any("nonsense" in w for w in report.warnings), report.warnings
+    def nonsense(anchor, graph):
+        return answer
+
+    sm12x_compile.register_pattern("nonsense", anchors=[torch.ops.aten.softmax.int])(nonsense)
+    assert said(check(attend, heads(), sites=1), "nonsense")
+
+
+@pytest.mark.usefixtures("registered")
+def test_outside_pattern_that_leaves_litter():
+    # Nodes that a pattern adds and then does not use must not stay, nor reads that forbid other patterns.
+    def litter(anchor, graph):
+        with graph.graph.inserting_before(anchor):
+            graph.call(torch.ops.aten.add.Tensor, anchor.args[0], 1.0)
+        return sm12x_compile.Refusal("only looking around here", anchor)
+
+    sm12x_compile.register_pattern("litter", anchors=[torch.ops.aten.softmax.int])(litter)
+    assert said(check(attend, heads(), sites=1), "litter", "only looking")
 
 
 @pytest.mark.usefixtures("registered")
@@ -218,8 +259,7 @@ def test_outside_kernel_whose_accepts_raises():
     def broken(*args, **kwargs):
         raise AssertionError("must not run")
 
-    report = check(attend, heads(), sites=1)
-    (site,) = report.rewritten
+    (site,) = check(attend, heads(), sites=1).rewritten
     assert site.kernel != "tests.broken"
     assert any(name == "tests.broken" and "injected" in why for name, why in site.refused), site.refused
 
@@ -234,3 +274,15 @@ def test_outside_kernel_that_declines():
 
     (site,) = check(attend, heads(), sites=1).rewritten
     assert ("tests.sunday", "only on Sundays") in site.refused
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_mode(mode: str):
+    step = torch.compile(attend, backend=sm12x_compile.sm12x, mode=mode)
+    torch.testing.assert_close(step(*heads()), attend(*heads()))
+
+
+def test_unknown_option_is_an_error_that_lists_the_known():
+    step = torch.compile(attend, backend=sm12x_compile.sm12x, options={"codgen": "eager"})
+    with pytest.raises(Exception, match=r"did you mean 'codegen'.*known options"):
+        step(*heads())

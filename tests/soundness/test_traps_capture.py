@@ -290,6 +290,7 @@ def test_graph_break_in_the_middle():
     report = check(function, heads(), sites=2)
     assert report.graphs == 2
     assert sorted(s.graph for s in report.rewritten) == [0, 1]
+    assert report.graph_breaks
 
 
 def test_graph_break_between_scores_and_values():
@@ -327,7 +328,14 @@ def test_automatic_dynamic_shapes(function):
 
 @pytest.mark.parametrize("function", [attend, self_causal])
 def test_full_graph_dynamic(function):
-    report = check(function, *(heads(S=n) for n in (5, 8, 3, 17)), fullgraph=True, dynamic=True)
+    # Every size is symbolic, head_dim and so the scale as well: that may be refused.
+    check(function, *(heads(S=n) for n in (5, 8, 3, 17)), fullgraph=True, dynamic=True)
+    check(function, heads(), heads(B=3, H=5, S=7, D=6), fullgraph=True, dynamic=True)
+
+
+def test_full_graph_dynamic_layer():
+    model, calls = SelfAttention(), [(torch.randn(b, n, 8),) for b, n in ((2, 5), (3, 8), (4, 3))]
+    report = check(model, *calls, fullgraph=True, dynamic=True)
     assert attention_count(report) == report.graphs == 1
 
 
