@@ -88,8 +88,7 @@ def emit_attention(
     if out_dtype != dtype:
         extra["out_dtype"] = out_dtype
     call = graph.call(torch.ops.sm12x.attention.default, q, k, v, problem.scale, **extra)
-    order = [*batch, *heads, *query, *roles.feature]
-    return call, _restore(graph, call, problem, order)
+    return call, _restore(graph, call, problem, [batch, heads, query, roles.feature])
 
 
 def _may_cut(problem: Problem, mask: StructuredMask) -> bool:
@@ -151,7 +150,10 @@ def _bias(
             if not term.source_keeps:
                 part = graph.call(aten.logical_not.default, part)
             if math.isfinite(term.drop_value):
-                part = graph.call(aten.where.Scalar, part, 0.0, term.drop_value)
+                wide = torch.float64 if problem.q.node.meta["val"].dtype == torch.float64 else torch.float32
+                zero = graph.call(aten.zeros.default, [], dtype=wide, device=part.meta["val"].device)
+                low = max(term.drop_value, torch.finfo(wide).min)
+                part = graph.call(aten.where.ScalarOther, part, zero, low)
         if part.meta["val"].dtype == torch.bool:
             keep = part if keep is None else graph.call(aten.logical_and.default, keep, part)
         else:
@@ -161,19 +163,23 @@ def _bias(
     return graph.call(aten.where.ScalarOther, keep, added, -math.inf)
 
 
-def _restore(graph: GraphView, call: Node, problem: Problem, order: list[Var]) -> Node:
+def _restore(graph: GraphView, call: Node, problem: Problem, groups: list[tuple[Var, ...]]) -> Node:
     """From ``[B, Hq, S, Dv]`` to the layout of the node that is replaced."""
-    node = call
-    sizes = [v.extent for v in order]
-    target = shape_of(problem.node)
-    present = [v for ix in problem.out for v in _slowest_first(ix)]
+    order = [v for group in groups for v in group]
+    dims = [tuple(_slowest_first(ix)) for ix in problem.out]
+    present = [v for dim in dims for v in dim]
     if sorted(map(id, present)) != sorted(map(id, order)):
         raise CannotArrange("the result is not laid out by its indices")
-    if not _same_shape(node, sizes):
-        node = graph.call(aten.view.default, node, [graph.size(s) for s in sizes])
+    if sorted(map(repr, dims)) == sorted(map(repr, groups)) and len(set(dims)) == len(dims):
+        moves = [groups.index(dim) for dim in dims]  # whole dimensions change places
+        return call if moves == sorted(moves) else graph.call(aten.permute.default, call, moves)
+    node = call
+    if not _same_shape(node, [v.extent for v in order]):
+        node = graph.call(aten.view.default, node, [graph.size(v.extent) for v in order])
     moves = [order.index(v) for v in present]
-    if moves != list(range(len(moves))):
+    if moves != sorted(moves):
         node = graph.call(aten.permute.default, node, moves)
+    target = shape_of(problem.node)
     if not _same_shape(node, list(target)):
         node = graph.call(aten.reshape.default, node, [graph.size(s) for s in target])
     return node

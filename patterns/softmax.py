@@ -130,16 +130,16 @@ def find_weighted_sum(anchor: Node) -> WeightedSum | Refusal | None:
             continue
         if isinstance(found, Refusal):
             return found
-        element, dim, sinks, form = found
+        element, dim, sinks, columns = found
         if len(summed) != 1:
             return Refusal("the weights are summed over several dimensions at once", top)
-        return _assemble(anchor, top, out, summed[0], element, dim, sinks, value, form)
+        return _assemble(anchor, top, out, summed[0], element, dim, sinks, value, columns)
     return Refusal("the softmax does not reach the product unchanged", top)
 
 
 def _assemble(
     anchor: Node, top: Node, out: tuple[Index, ...], key: Var, weights: Element, dim: int,
-    sinks: tuple[Element, ...], value: Expr, form: str,
+    sinks: tuple[Element, ...], value: Expr, columns: Size,
 ) -> WeightedSum | Refusal:  # fmt: skip
     """Check that the sum runs over the softmax dimension, and find columns without a value."""
     if not isinstance(value, Element):
@@ -150,8 +150,7 @@ def _assemble(
         return Refusal("the weights are not summed along the softmax dimension", top)
     if any(key in ix.vars() for k, ix in enumerate(index) if k != dim):
         return Refusal("the weights are summed along two dimensions", top)
-    size = shape_of(anchor)[dim]
-
+    form = "exp" if anchor.target is aten.exp.default else "softmax"
     scores = operand(anchor)
     if scores.target is aten.log_softmax.int:
         scores = operand(scores)
@@ -159,11 +158,13 @@ def _assemble(
     def at(ix: Index) -> Element:
         return Element(scores, (*index[:dim], ix, *index[dim + 1 :]))
 
-    if form == "softmax" and not same_size(size, key.extent):
-        spare = _spare_column(size, key, along)
+    if not same_size(columns, key.extent):
+        spare = _spare_column(columns, key, along)
         if spare is None:
             return Refusal("part of the weights is dropped before they meet the values", top)
-        sinks = (at(spare),)
+        sinks = (at(spare), *sinks)
+    elif along.const != 0:
+        return Refusal("the weights are shifted along the keys", top)
     rows = next((index[d] for d in range(dim - 1, -1, -1)), None) if dim else None
     return WeightedSum(top, out, key, at(along), sinks, value, rows, form)
 
@@ -237,7 +238,7 @@ def _normalised_dim(exp: Node) -> int | None:
     return dims[0] if len(dims) == 1 and argument(lse, 2, "keepdim", False) else None
 
 
-Found = tuple[Element, int, tuple[Element, ...], str]
+Found = tuple[Element, int, tuple[Element, ...], Size]  # weights, softmax dim, sinks, columns summed over
 
 
 def _weights(anchor: Node, weights: Expr, denominator: Expr | None) -> Found | Refusal | None:
@@ -246,7 +247,8 @@ def _weights(anchor: Node, weights: Expr, denominator: Expr | None) -> Found | R
         return None
     rank = len(shape_of(anchor))
     if weights.node is anchor and anchor.target is not aten.exp.default:
-        return (weights, args_of(anchor)[1] % rank, (), "softmax") if denominator is None else None
+        dim = args_of(anchor)[1] % rank
+        return (weights, dim, (), shape_of(anchor)[dim]) if denominator is None else None
     if weights.node is not anchor:
         quotient = step(weights)
         if denominator is not None or not isinstance(quotient, Apply) or quotient.op != "div":
@@ -257,8 +259,8 @@ def _weights(anchor: Node, weights: Expr, denominator: Expr | None) -> Found | R
             return None
         weights = numerator
     if denominator is None:
-        dim = _normalised_dim(anchor)
-        return None if dim is None else (weights, dim % rank, (), "exp")
+        normalised = _normalised_dim(anchor)
+        return None if normalised is None else (weights, normalised % rank, (), shape_of(anchor)[normalised])
     return _normaliser(anchor, weights, strip(denominator))
 
 
@@ -287,4 +289,4 @@ def _normaliser(anchor: Node, weights: Element, denominator: Expr) -> Found | Re
     dim = dims[0]
     if any(a != b for k, (a, b) in enumerate(zip(weights.index, body.index, strict=True)) if k != dim):
         return Refusal("weights and denominator belong to different rows", anchor)
-    return weights, dim, tuple(sinks), "exp"
+    return weights, dim, tuple(sinks), total.var.extent

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from .model_zoo import FAMILIES, ZooError, workload
-from .options import OptionError
+from .options import OptionError, Options
 
 app = typer.Typer(
     name="sm12x-compile",
@@ -69,14 +69,19 @@ def _fail(message: object) -> typer.Exit:
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Half of the models.")] = False,
-    codegen: CodegenOption = Codegen.eager,
+    codegen: Annotated[Codegen | None, typer.Option(help="Inductor (default, if there is a C++ compiler or a "
+                                                         "GPU), or eager: interpreted, quick to compile.")] = None,
     as_json: JsonFlag = False,
-) -> None:
+) -> None:  # fmt: skip
     """Compile several models on this machine and compare each with its own eager run.
 
     Needs no GPU and downloads nothing. Exits with 1 if any model disagrees with its eager run.
     """
     from . import demo as the_demo
+    from .doctor import check_compiler
+
+    if codegen is None:
+        codegen = Codegen.eager if check_compiler().level == "broken" else Codegen.inductor
 
     progress = Console(stderr=True)
     try:
@@ -126,6 +131,7 @@ def explain(
 
     options = {"arch": arch, "codegen": codegen.value}
     try:
+        Options.parse(options)
         if ":" in target:
             model, args, kwargs = load_target(target)
         else:

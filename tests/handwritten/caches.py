@@ -100,7 +100,7 @@ def cache_written_by_index_copy():
     return Cache(), lambda d: decode_steps(Draw(d.dtype, d.seed, B=2))
 
 
-@case(mask=("causal", "dense"))
+@case(mask=("causal", "dense", "padding"))
 def cache_with_a_mask_table():
     # gpt-fast: the triangle is a buffer, its rows are picked by input_pos.
     class Attention(nn.Module):

@@ -1,0 +1,179 @@
+"""A graph in normal form, while a pattern or a lowering looks at it and adds nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from .arrange import CannotArrange, arrange
+from .index_algebra import Element, Size, Var, same_size
+
+aten = torch.ops.aten
+
+
+class GraphView:
+    """Adds calls at the insertion point of the graph (``with view.graph.inserting_before(node)``)."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+
+    # ------------------------------------------------------------ new nodes
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Append a call at the insertion point, with the fake value that it computes."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = self.value(node)
+        return node
+
+    def value(self, node: Node) -> Any:
+        """The fake value that a call computes from those of its arguments."""
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    @cached_property
+    def fake_mode(self) -> Any:
+        values = (n.meta.get("val") for n in self.graph.nodes)
+        found = next((v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor)), None)
+        return found or nullcontext()
+
+    def arrange(self, element: Element, groups: Sequence[Sequence[Var]], *, expand: bool = True) -> Node:
+        """A tensor laid out so that dim k runs over the variables of ``groups[k]``; see `arrange.arrange`."""
+        return arrange(self, element, groups, expand=expand)
+
+    # ------------------------------------------------------------ sizes
+
+    def size(self, value: Size) -> int | Node:
+        """A size as an argument: an int, or a node that computes it.
+
+        Raises:
+            CannotArrange: no input of the graph tells a symbol of it.
+        """
+        if isinstance(value, int):
+            return value
+        for expr, (node, dim) in self._sizes.items():
+            if same_size(expr, value):
+                return node if dim is None else self.call(aten.sym_size.int, node, dim)
+        proxies: dict[Any, torch.fx.Proxy] = {}
+        tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
+        for symbol in value.free_symbols:
+            if symbol not in self._sizes:
+                raise CannotArrange(f"no input of the graph tells the size {value}")
+            node, dim = self._sizes[symbol]
+            held = node if dim is None else self.call(aten.sym_size.int, node, dim)
+            proxies[symbol] = torch.fx.Proxy(held, tracer)
+        before = set(self.graph.nodes)
+        try:
+            result = sympy_interp(PythonReferenceAnalysis, proxies, value)
+        except Exception as error:
+            raise CannotArrange(f"size {value} cannot be computed ({error})") from error
+        for node in self.graph.nodes:
+            if node not in before:
+                node.meta["val"] = self.value(node)
+        return result.node
+
+    @cached_property
+    def _sizes(self) -> dict[Any, tuple[Node, int | None]]:
+        """Symbolic sizes that the inputs hold: as a number, or as a dimension of a tensor."""
+        found: dict[Any, tuple[Node, int | None]] = {}
+        placeholders = self.graph.find_nodes(op="placeholder")
+        for node in placeholders:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt):
+                found.setdefault(value.node.expr, (node, None))
+        for node in placeholders:
+            value = node.meta.get("val")
+            for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
+                if isinstance(size, torch.SymInt):
+                    found.setdefault(size.node.expr, (node, dim))
+        return found
+
+    # ------------------------------------------------------------ replacing
+
+    def replace(self, node: Node, value: Node) -> None:
+        """Let `value` take the place of `node` for its readers, which may find it in other strides.
+
+        Views that no longer fit become reshapes. What the graph returns, and what random numbers are drawn for,
+        keeps the strides that it had: a user's `.view` after the graph and the order of random numbers hang on
+        them.
+        """
+        node.replace_all_uses_with(value, delete_user_cb=lambda user: user is not value)
+        changed = {value: node.meta["val"]}
+        waiting = [value]
+        while waiting:
+            here = waiting.pop()
+            if _same_strides(here.meta["val"], changed[here]):
+                continue
+            if any(_minds_strides(user) for user in here.users):
+                self._restride(here, changed)
+                continue
+            for user in list(here.users):
+                if user.op != "call_function" or user.target is aten.copy_.default:
+                    continue
+                changed.setdefault(user, user.meta["val"])
+                user.meta["val"] = self._revalued(user)
+                waiting.append(user)
+
+    def _revalued(self, user: Node) -> Any:
+        try:
+            return self.value(user)
+        except (RuntimeError, ValueError):
+            if user.target is not aten.view.default:
+                raise
+            user.target = aten.reshape.default
+            return self.value(user)
+
+    def _restride(self, node: Node, changed: dict[Node, Any]) -> None:
+        """Copy the tensor that `node` is a view of into the strides that it had, for all its readers."""
+        while _is_view(node) and node.args[0] in changed:
+            node = node.args[0]  # type: ignore[assignment]
+        before = changed[node]
+        order = sorted(range(before.dim()), key=lambda k: (-_hint(before.stride(k)), k))
+        with self.graph.inserting_after(node):
+            first = self.graph.call_function(aten.permute.default, (node, order))
+        with self.graph.inserting_after(first):
+            dense = self.graph.call_function(
+                aten.clone.default, (first,), {"memory_format": torch.contiguous_format}
+            )
+        with self.graph.inserting_after(dense):
+            back = [order.index(k) for k in range(len(order))]
+            result = self.graph.call_function(aten.permute.default, (dense, back))
+        for new in (first, dense, result):
+            new.meta["val"] = self.value(new)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not first)
+        # Downstream everything is as it was.
+        for user, value in changed.items():
+            if user is not node:
+                user.meta["val"] = value
+
+
+def _minds_strides(user: Node) -> bool:
+    if user.op == "output":
+        return True
+    target = user.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _is_view(node: Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and (target.is_view or target is aten._unsafe_view.default)
+
+
+def _hint(size: Any) -> int:
+    return size.node.hint or 0 if isinstance(size, torch.SymInt) else int(size)
+
+
+def _same_strides(a: Any, b: Any) -> bool:
+    """Whether two results are laid out alike; strides of dimensions of size 1 do not count."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return True
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(_hint(size) == 1 or _hint(x) == _hint(y) for size, x, y in pairs)
