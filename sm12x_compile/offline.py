@@ -51,7 +51,8 @@ class Compiled:
         triton: version of Triton.
         registers: per thread.
         spill_bytes: bytes per thread that the assembler stores to and loads from local memory, together.
-        loop_spills: local-memory instructions inside the loops that hold matrix instructions.
+        loop_spills: local-memory instructions inside the loops that hold matrix instructions; inside any loop
+            of a kernel that has none.
         shared_bytes: dynamic shared memory of a block.
         num_warps: warps of a block, as compiled.
         matrix: matrix instructions in the SASS, e.g. ``{"HMMA.16816.F32.BF16": 64}``.
@@ -107,7 +108,8 @@ def compile_kernel(
     signature, constants, attributes = _specialise(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     major, minor = arch.capability
-    options: dict[str, Any] = dict(num_warps=num_warps, num_stages=num_stages)
+    # Fusing a * b + c is what launches do today; Triton 3.9 warns that its default will change.
+    options: dict[str, Any] = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
     if maxnreg is not None:
         options["maxnreg"] = maxnreg
     log = io.StringIO()
@@ -201,12 +203,12 @@ def _disassemble(cubin: bytes) -> list[_Instruction]:
 
 
 def _loop_spills(code: list[_Instruction]) -> int:
-    """Local-memory instructions in the loops (from a backward branch's target to the branch) with matrix work."""
+    """Local-memory instructions in the loops that matter; a loop is what a backward branch spans."""
     loops = []
     for i in code:
         target = _ADDRESS.search(i.operands) if i.opcode == "BRA" else None
         if target and int(target.group(1), 16) < i.address:
             loops.append((int(target.group(1), 16), i.address))
     matrix = [i.address for i in code if _MATRIX.match(i.opcode)]
-    hot = [(a, b) for a, b in loops if any(a <= m <= b for m in matrix)]
+    hot = [(a, b) for a, b in loops if any(a <= m <= b for m in matrix)] if matrix else loops
     return sum(i.opcode in ("LDL", "STL") and any(a <= i.address <= b for a, b in hot) for i in code)

@@ -213,11 +213,11 @@ def _compare(op: str, left: Expr, right: Expr) -> Predicate | None:
         if op in ("ge", "gt"):
             inside = _compare("lt" if op == "ge" else "le", left, right)
             return None if inside is None else negate(inside)
-        x, limit = as_index(distance.args[0]), as_index(right)
-        if x is None or limit is None or op not in ("le", "lt"):
+        signed, limit = as_index(distance.args[0]), as_index(right)
+        if signed is None or limit is None or op not in ("le", "lt"):
             return None
         slack = 1 if op == "lt" else 0
-        return All((AtMostZero(x - limit + slack), AtMostZero(-x - limit + slack)))
+        return All((AtMostZero(signed - limit + slack), AtMostZero(-signed - limit + slack)))
     if value_of(right) in (Number(0), Number(0.0)):
         left, right = _before_float(left), Number(0)  # rounding to floating point keeps the sign
     a, b = as_index(left), as_index(right)

@@ -24,7 +24,7 @@ import sm12x_compile
 
 from .graphs import attention_like
 from .operands import Inputs, draw_inputs
-from .spec import Spec, specs
+from .spec import MUTATIONS, Spec, fitted, specs
 
 # Of the graphs that are plain attention this share must be rewritten, or the fuzz would prove nothing.
 LEAST_REWRITTEN = 0.6
@@ -162,19 +162,41 @@ def test_fuzz_nightly():
     assert_tally(fuzz(cases_wanted(10_000), seed))
 
 
-# Graphs that once gave a wrong answer, or came close to it.
-REMEMBERED: list[Spec] = []
+# Graphs that once gave a wrong answer or failed at run time, cut down.
+REMEMBERED = [
+    # A sink column under a softmax written out.
+    Spec(softmax="by_hand", sinks="column"),
+    Spec(softmax="by_hand_unshifted", sinks="column", T=9),
+    Spec(softmax="logsumexp", sinks="column", S=1, T=9),
+    Spec(softmax="log_softmax", sinks="column", S=7, masks=("causal_tril",)),
+    # finfo.min of fp64 as a Python number, and what softmax in fp32 makes of it: minus infinity.
+    Spec(masks=("dense",), fill="finfo"),
+    Spec(masks=("offset",), fill="where_finfo"),
+    Spec(masks=("causal_arange",), fill="add_finfo", softmax="dtype", mutations=("mask_inverted",)),
+    # Rows without keys: finite fills under exp(s) / sum are 0 / 0, and s - logsumexp(s) loses the row's size.
+    Spec(Hkv=1, S=3, D=8, masks=("dense",), fill="add_1e4", softmax="by_hand_unshifted", seed=284),
+    Spec(B=1, S=1, dtype="float32", masks=("window", "padding"), fill="where_finfo", softmax="by_hand_unshifted"),
+    Spec(G=2, S=7, masks=("causal_arange",), fill="add_finfo", softmax="logsumexp", bias="heads"),
+    Spec(S=7, masks=("band",), fill="add_finfo", softmax="logsumexp"),
+    Spec(S=1, T=7, masks=("lengths",), fill="1e9", mutations=("everything_masked",)),
+    Spec(fill="finfo", softmax="log_softmax", mutations=("everything_masked",)),
+    # A maximum over the wrong dimension cancels the mask's number.
+    Spec(B=1, Hkv=1, G=2, S=7, T=7, D=8, Dv=8, dtype="float32", layout="fused", masks=("causal_arange", "packed"),
+         fill="add_finfo", softmax="subtract_max", bias="heads", bias_after_mask=True, cache="setitem",
+         mutations=("max_of_queries",), seed=983),
+    # The trace flattened SDPA's result with a view, by strides that the kernel did not give.
+    Spec(Hkv=1, G=2, D=8, Dv=8, dtype="float32", layout="fused", qk="sdpa", masks=("lengths",), bias="alibi",
+         cache="fused", output="tokens", seed=504),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", REMEMBERED, ids=str)
+@pytest.mark.parametrize("spec", REMEMBERED, ids=range(len(REMEMBERED)))
 def test_remembered(spec: Spec):
-    check(spec, Tally())
+    check(fitted(spec), Tally())
 
 
 def test_every_mutation_changes_something():
     """The mutations are not idle: each one changes the numbers of at least one graph."""
-    from .spec import MUTATIONS, fitted
-
     base = (
         Spec(masks=("causal_arange",), G=2, seed=1),
         Spec(masks=("dense",), softmax="by_hand", fill="where_inf", seed=2, softcap=3.0, bias="heads"),
