@@ -21,7 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 CONTENDERS = ("eager", "inductor", "sm12x")
-CASES = ("sinks_prefill_4096", "decode_2048_of_32768", "decode_2048_of_2048", "llama_decode")
+CASES = ("sinks_prefill_4096", "cache_2048_of_32768", "cache_2048_of_2048", "llama_decode")
 
 
 def compiled(function: Callable[..., Any], contender: str) -> Callable[..., Any]:
@@ -54,7 +54,8 @@ def gpt_oss_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: 
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     t = torch.arange(k.shape[2], device=q.device)
-    mask = torch.where(t[None] <= t[:, None], 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    low = torch.full((), torch.finfo(q.dtype).min, device=q.device, dtype=q.dtype)
+    mask = torch.where(t[None] <= t[:, None], torch.zeros_like(low), low)
     scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5 + mask
     column = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
     joined = torch.cat([scores, column], dim=-1)
@@ -76,6 +77,50 @@ def sinks_prefill(contender: str) -> dict[str, Any]:
     del reference
     turn = iter(range(10**9))
     return {"ms": median_ms(lambda: function(*sets[next(turn) % 4])), "relative_error": float(error)}
+
+
+def static_cache_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, filled: torch.Tensor
+) -> torch.Tensor:
+    """The attention of one decode step over a StaticCache, as Hugging Face writes it: write the new key and value,
+    mask by the filled length, repeat the heads of the whole cache, SDPA."""
+    position = torch.arange(1, device=q.device) + filled
+    keys.index_copy_(2, position, k)
+    values.index_copy_(2, position, v)
+    mask = (torch.arange(keys.shape[2], device=q.device) <= position[:, None])[None, None]
+    B, heads, T, D = keys.shape
+    groups = q.shape[1] // heads
+    full_k = keys[:, :, None].expand(B, heads, groups, T, D).reshape(B, heads * groups, T, D)
+    full_v = values[:, :, None].expand(B, heads, groups, T, D).reshape(B, heads * groups, T, D)
+    out = torch.nn.functional.scaled_dot_product_attention(q, full_k, full_v, attn_mask=mask)
+    return out.transpose(1, 2).reshape(B, 1, -1)
+
+
+def static_cache(contender: str, slots: int) -> dict[str, Any]:
+    """Attention alone, 2,047 slots filled; four caches in turn, so that a step does not find its cache in the L2."""
+
+    def inputs(seed: int) -> tuple[torch.Tensor, ...]:
+        g = torch.Generator("cuda").manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=g, device="cuda", dtype=torch.bfloat16)
+
+        keys, values = draw(1, 8, slots, 128), draw(1, 8, slots, 128)
+        for cache in (keys, values):
+            torch._dynamo.mark_static_address(cache)
+        filled = torch.tensor(2047, device="cuda")
+        return draw(1, 32, 1, 128), draw(1, 8, 1, 128), draw(1, 8, 1, 128), keys, values, filled
+
+    def layers(*sets: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return torch.cat([static_cache_step(*s) for s in sets])
+
+    sets = [inputs(s) for s in range(4)]
+    expected = layers(*[tuple(x.double() if x.is_floating_point() else x.clone() for x in s) for s in sets])
+    step = compiled(layers, contender)
+    found = step(*sets).clone()
+    error = float((found.double() - expected).norm() / expected.norm())
+    del expected
+    return {"ms": median_ms(lambda: step(*sets)) / 4, "relative_error": error}
 
 
 def decode(contender: str, slots: int, filled: int, **config: Any) -> dict[str, Any]:
@@ -118,10 +163,8 @@ def measure(case: str, contender: str) -> dict[str, Any]:
     with torch.inference_mode():
         if case == "sinks_prefill_4096":
             return sinks_prefill(contender)
-    if case == "decode_2048_of_32768":
-        return decode(contender, 32768, 2048)
-    if case == "decode_2048_of_2048":
-        return decode(contender, 2176, 2048)
+        if case.startswith("cache_"):
+            return static_cache(contender, int(case.split("_")[-1]))
     return decode(contender, 1024, 512, num_hidden_layers=8, intermediate_size=14336, vocab_size=32000)
 
 

@@ -34,7 +34,9 @@ def lower(
         plan: what the report is about (`run`, unless ``arch`` names another card).
     """
     splicer = Splicer(gm)
-    for site, node in calls:
+    # In the order of the graph: what calls share must stand before the first of them.
+    place = {node: k for k, node in enumerate(gm.graph.nodes)}
+    for site, node in sorted(calls, key=lambda call: place[call[1]]):
         op = node.target.name().split("::")[1].split(".")[0] if hasattr(node.target, "name") else ""
         if op not in OPS or OPS[op].overload is not node.target:
             site.kernel = site.op  # a pattern of one's own may call any op

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sm12x_compile.match import GraphView
+from sm12x_compile.graph_view import GraphView, _is_view
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Kernel
 
@@ -21,41 +22,49 @@ class Splicer:
         self.view = GraphView(gm)
         self._traces: dict[Any, GraphModule] = {}
         self._shared: dict[Any, Node] = {}
+        self._serial = count()
 
     def inline(self, node: Node, kernel: Kernel) -> None:
         """Replace a call of a semantic op by the body of the kernel."""
         bound = OPS[kernel.op].bind(node)
         inputs = {k: v for k, v in bound.items() if isinstance(v, Node)}
         body = self._trace(kernel, bound, inputs)
-        replacement: dict[Node, Any] = dict(
-            zip(body.graph.find_nodes(op="placeholder"), inputs.values(), strict=True)
-        )
-        result: Any = None
         with self.gm.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "placeholder":
-                    continue
-                if inner.op == "output":
-                    result = torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])
-                else:
-                    replacement[inner] = self._copy(body, inner, replacement)
+            share = not any(_writes(inner) for inner in body.graph.nodes)
+            before = set(self._shared.values())
+            result = self._body(body, inputs, share)
+            if _base(result) in before:
+                # An equal call was inlined already: two results of the user's must not share memory.
+                result = self._body(body, inputs, share=False)
         self.view.replace(node, result)
         self.gm.graph.erase_node(node)
 
-    def _copy(self, body: GraphModule, inner: Node, replacement: dict[Node, Any]) -> Node:
+    def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Node:
+        replacement: dict[Node, Any] = dict(
+            zip(body.graph.find_nodes(op="placeholder"), inputs.values(), strict=True)
+        )
+        for inner in body.graph.nodes:
+            if inner.op == "output":
+                return torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])  # type: ignore[return-value]
+            if inner.op != "placeholder":
+                replacement[inner] = self._copy(body, inner, replacement, share)
+        raise AssertionError("a traced kernel has an output")
+
+    def _copy(self, body: GraphModule, inner: Node, replacement: dict[Node, Any], share: bool) -> Node:
         args, kwargs = torch.fx.node.map_arg((inner.args, inner.kwargs), lambda n: replacement[n])
         if inner.op == "get_attr":
-            name = f"_sm12x_{len(self._shared)}_{inner.target}"
+            name = f"_sm12x_{next(self._serial)}_{inner.target}"
             setattr(self.gm, name, getattr(body, str(inner.target)))
             copied = self.gm.graph.get_attr(name)
             copied.meta["val"] = inner.meta.get("val")
             return copied
         key = (inner.target, repr((args, kwargs)))
-        if key in self._shared and isinstance(inner.target, torch._ops.OpOverload):
+        if share and key in self._shared:
             return self._shared[key]
         copied = self.gm.graph.create_node(inner.op, inner.target, args, kwargs)
         copied.meta["val"] = inner.meta.get("val")
-        self._shared[key] = copied
+        if share and isinstance(inner.target, torch._ops.OpOverload):
+            self._shared[key] = copied
         return copied
 
     def _trace(self, kernel: Kernel, bound: dict[str, Any], inputs: dict[str, Node]) -> GraphModule:
@@ -74,6 +83,21 @@ class Splicer:
             body = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
         self._traces[key] = body
         return body
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node writes, or draws random numbers: then it is not the same node when it comes again."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+
+
+def _base(result: Any) -> Any:
+    """The node whose memory the result is."""
+    while isinstance(result, Node) and _is_view(result):
+        result = result.args[0]
+    return result
 
 
 def _key(value: Any) -> str:

@@ -190,7 +190,7 @@ def _prove(problem: Problem, roles: Roles) -> StructuredMask:
     batch = set(roles.batch)
     masks = list(zip(problem.masks, problem.filled, strict=True))
     mask = explain_masks([m for m, _ in masks], roles.query, problem.key, batch)
-    if not mask.may_be_empty:
+    if not mask.may_be_empty(roles.query, problem.key):
         return mask
     finite = [(m, f) for m, f in masks if math.isfinite(m.drop_value)]
     if not finite:

@@ -12,6 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,7 +84,13 @@ def _compile(
     normal = transformed.graph
     if options.codegen == "eager":
         return _guarded(normal, gm)
-    return _finish(normal, inputs, options, mode, report)
+    try:
+        return _finish(normal, inputs, options, mode, report)
+    except Exception as error:
+        report.sites = []
+        report.warn(f"a graph was left as it is: its rewritten form did not compile ({type(error).__name__}: {error})")
+        logger.warning("the rewritten graph did not compile; the original is compiled instead", exc_info=True)
+        return _finish(gm, inputs, options, mode, report)
 
 
 def _finish(
@@ -153,9 +160,7 @@ def _say_once(report: Report, message: str) -> None:
 
 
 def _merge(new: Report, into: Report) -> None:
-    for site in new.sites:
-        site.graph = into.graphs
-    into.sites += new.sites
+    into.sites += [replace(site, graph=into.graphs) for site in new.sites]
     into.graphs += 1
     into.arch, into.planned, into.cuda_graph = new.arch, new.planned, new.cuda_graph
     for stage, seconds in new.seconds.items():

@@ -24,18 +24,19 @@ def collect() -> Iterator[Report]:
     """
     report = Report()
     breaks = dict(dynamo_utils.counters["graph_break"])
-    metrics = len(dynamo_utils.get_compilation_metrics())
+    metrics = list(dynamo_utils.get_compilation_metrics())
     _active.append(report)
     try:
         yield report
     finally:
-        _active.remove(report)
+        _active[:] = [other for other in _active if other is not report]  # equal reports are not the same
         for reason, count in dynamo_utils.counters["graph_break"].items():
             new = count - breaks.get(reason, 0)
             if new > 0:
                 first = reason.strip().splitlines()[0]
                 report.graph_breaks.append(first if new == 1 else f"{first} ({new} times)")
-        for metric in dynamo_utils.get_compilation_metrics()[metrics:]:
+        known = set(map(id, metrics))  # Dynamo keeps the last 64, so their number does not tell
+        for metric in (m for m in dynamo_utils.get_compilation_metrics() if id(m) not in known):
             why = getattr(metric, "recompile_reason", None)
             if why:
                 report.recompiles.append(" ".join(str(why).split(" # ")[0].split()))

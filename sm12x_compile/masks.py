@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .index_algebra import Element, FloorDiv, Index, Var, known_nonnegative, look
-from .index_algebra.expr import argument, operand
-from .index_algebra.index import Datum, mul
+from .index_algebra.expr import argument, operand, shape_of
+from .index_algebra.index import Datum, add, mul
 from .index_algebra.predicate import (
     FALSE,
     TRUE,
@@ -61,11 +61,18 @@ class StructuredMask:
     segments: tuple[Element, Element] | None = None
     dense: tuple[MaskTerm, ...] = ()
 
-    @property
-    def may_be_empty(self) -> bool:
-        """Whether some query may be left with no key: anything but a plain causal or window mask."""
-        fixed = self.offset.is_const and known_nonnegative(self.offset.const)
-        return bool(self.padding or self.dense or self.segments or self.kv_len is not None) or not fixed
+    def may_be_empty(self, s: Var | None, t: Var) -> bool:
+        """Whether some query may be left with no key, for all that is known while compiling."""
+        if self.padding or self.dense or self.segments or self.kv_len is not None:
+            return True
+        if not (self.offset.is_const and known_nonnegative(self.offset.const)):
+            return True
+        if self.window_left is None and self.chunk is None:
+            return False
+        # Queries behind the last key may have left it outside their window or chunk.
+        last = add(self.offset.const, add(s.extent, -1) if s is not None else 0)
+        reach = self.window_left if self.window_left is not None and self.chunk is None else 0
+        return not known_nonnegative(add(add(t.extent, reach - 1), mul(last, -1)))
 
     def describe(self) -> str:
         if self.dense:
@@ -153,7 +160,7 @@ def _sort_atoms(keep: Predicate, s: Var | None, t: Var, batch: set[Var]) -> _Ato
             if pair is not None:
                 found.segments.append(pair)
                 continue
-            chunk = _chunk(part.index, s, t)
+            chunk = _chunk(part.index, s, t, batch)
             if chunk is None:
                 return None
             found.chunks.append(chunk)
@@ -207,7 +214,7 @@ def _segments(index: Index, s: Var | None, t: Var, batch: set[Var]) -> tuple[Ele
     return None
 
 
-def _chunk(index: Index, s: Var | None, t: Var) -> tuple[int, Index] | None:
+def _chunk(index: Index, s: Var | None, t: Var, batch: set[Var]) -> tuple[int, Index] | None:
     """``(s + off) div C == t div C`` as ``(C, off)``."""
     divisions = [(a, c) for a, c in index.terms.items() if isinstance(a, FloorDiv)]
     if s is None or len(divisions) != 2 or len(index.terms) != 2 or not isinstance(index.const, int):
@@ -218,32 +225,32 @@ def _chunk(index: Index, s: Var | None, t: Var) -> tuple[int, Index] | None:
     if a.x.var is not t or a.k != b.k or not isinstance(a.k, int) or (ca, cb) not in ((1, -1), (-1, 1)):
         return None
     shift = index.const if cb == 1 else -index.const
-    return a.k, b.x - Index.of(s) + shift * a.k
+    offset = b.x - Index.of(s) + shift * a.k
+    return (a.k, offset) if _readable(offset, batch) else None
 
 
 def _restart_lemma(
     index: Index, s: Var | None, t: Var, segments: list[tuple[Element, Element]]
 ) -> Index:
-    """Where segment ids are ``cumsum(diff(pos) != 1)``, equal ids mean ``pos[s] - pos[t] = s - t``."""
+    """Where segment ids are ``cumsum(diff(pos) != 1)``, equal ids at i and j mean ``pos[i] - pos[j] = i - j``."""
     data = {a: c for a, c in index.terms.items() if isinstance(a, Datum)}
     if s is None or len(data) != 2 or not segments:
         return index
     (a, ca), (b, cb) = data.items()
-    if {ca, cb} != {1, -1} or a.element.node is not b.element.node:
+    if {ca, cb} != {1, -1}:
         return index
     of_t, of_s = (a, b) if t in a.element.vars() else (b, a)
     for q, k in segments:
-        position = _positions_behind(q)
-        if position is None or q.node is not k.node or position.node is not of_s.element.node:
+        if q.node is not k.node or q.index[:-1] != k.index[:-1]:
             continue
-        if q.index == of_s.element.index and k.index == of_t.element.index:
+        if _positions_behind(q) == of_s.element and _positions_behind(k) == of_t.element:
             rest = Index({x: c for x, c in index.terms.items() if x not in data}, index.const)
-            return rest + (Index.of(t) - Index.of(s)) * index.terms[of_t]
+            return rest + (k.index[-1] - q.index[-1]) * index.terms[of_t]
     return index
 
 
 def _positions_behind(segment: Element) -> Element | None:
-    """The positions p of segment ids computed as ``cumsum(diff(p, prepend=...) != 1, -1)``, along their last dim."""
+    """The position p[i] of a segment id ``cumsum(diff(p, prepend=one element) != 1, -1)[i]``, along the last dim."""
     node = segment.node
     last = len(segment.index) - 1
     if node.target is not aten.cumsum.default or argument(node, 1, "dim") not in (-1, last):
@@ -252,7 +259,11 @@ def _positions_behind(segment: Element) -> Element | None:
     if changed.target is not aten.ne.Scalar or changed.args[1] != 1:
         return None
     diff = operand(changed)
-    if diff.target is not aten.diff.default or argument(diff, 2, "dim", -1) not in (-1, last):
+    if diff.target is not aten.diff.default or argument(diff, 1, "n", 1) != 1:
+        return None
+    # Without exactly one element in front, id i does not stand where position i does.
+    first = argument(diff, 3, "prepend")
+    if argument(diff, 2, "dim", -1) not in (-1, last) or first is None or shape_of(first)[-1] != 1:
         return None
     return look(Element(operand(diff), segment.index))
 

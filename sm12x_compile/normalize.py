@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 import torch.utils._pytree as pytree
+from torch._dynamo.source import ConstantSource
 from torch._ops import HigherOrderOperator
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import GraphModule, Node
@@ -67,7 +68,9 @@ def normalize(gm: GraphModule) -> GraphModule:
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(keys), FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
-            out = _Reader(gm).run(*wrapped)
+            reader = _Reader(gm)
+            out = reader.run(*wrapped)
+            reader.refuse_stale_picks(wrapped, out)
             result = pytree.tree_map_only(FunctionalTensor, _unwrap, out)
             written = [
                 (i, _unwrap(a))
@@ -103,14 +106,59 @@ class _Reader(torch.fx.Interpreter):
     is a 0-d tensor stays a tensor.
     """
 
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.picks: list[_Pick] = []
+
+    def run_node(self, n: Node) -> Any:
+        self.node = n
+        return super().run_node(n)
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _GRAD_SWITCHES:
             return None
         if target is operator.getitem and isinstance(args[0], torch.Tensor) and scalar_index.is_scalar_index(args[1]):
-            return scalar_index.getitem(*args)
+            self.picks.append(_Pick(self.node, args[0], scalar_index.getitem(*args)))
+            return self.picks[-1].value
         if target is operator.setitem and scalar_index.is_scalar_index(args[1]):
-            return scalar_index.setitem(*args)
+            # ``x[i] += y`` reads, adds in place and writes back: the copy is x's own again.
+            back = [p for p in self.picks if p.value is args[2] and p.node.args == self.node.args[:2] and p.is_current()]
+            scalar_index.setitem(*args)
+            for pick in back:
+                pick.keep()
+            return None
         return super().call_function(target, args, kwargs)
+
+    def refuse_stale_picks(self, inputs: list[Any], outputs: Any) -> None:
+        """``x[i]`` is a view in eager and a copy here, which shows where it or x is written, or both are seen outside."""
+        tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, FunctionalTensor)]
+        for pick in self.picks:
+            if not pick.is_unwritten():
+                raise NotNormalizable("a view taken at the index of a 0-d tensor is written, or what it views is")
+            outside = [t for t in (*inputs, *tensors) if isinstance(t, FunctionalTensor)]
+            if any(_shares(t, pick.value) for t in tensors) and any(_shares(t, pick.base) for t in outside):
+                raise NotNormalizable("an output is a view taken at the index of a 0-d tensor")
+
+
+class _Pick:
+    """``value = base[index]`` by a 0-d tensor, and what both held then."""
+
+    def __init__(self, node: Node, base: FunctionalTensor, value: FunctionalTensor) -> None:
+        self.node, self.base, self.value = node, base, value
+        self.keep()
+
+    def keep(self) -> None:
+        self.base_then, self.value_then = _unwrap(self.base), _unwrap(self.value)
+
+    def is_current(self) -> bool:
+        return _unwrap(self.base) is self.base_then
+
+    def is_unwritten(self) -> bool:
+        return self.is_current() and _unwrap(self.value) is self.value_then
+
+
+def _shares(a: FunctionalTensor, b: FunctionalTensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
@@ -199,3 +247,11 @@ def _carry_over(gm: GraphModule, normal: GraphModule) -> None:
         for key in ("tensor_dict", "steal_arg", "grapharg"):
             if key in old.meta:
                 new.meta[key] = old.meta[key]
+
+
+def declare_constants(normal: GraphModule) -> None:
+    """Tell AOTAutograd where tensor constants of the graph come from, as Dynamo would."""
+    sources = dict(getattr(normal, "_param_name_to_source", None) or {})
+    for name, _ in (*normal.named_parameters(remove_duplicate=False), *normal.named_buffers(remove_duplicate=False)):
+        sources.setdefault(name, ConstantSource(source_name=f"sm12x_{name}"))
+    normal._param_name_to_source = sources  # type: ignore[assignment]

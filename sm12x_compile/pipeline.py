@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from .arch import Arch, resolve
 from .lowering.select import lower
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
-from .normalize import example_value, normalize
+from .normalize import declare_constants, example_value, normalize
 from .options import Options
 from .registry import Pattern, patterns
 from .report import Report, Site
@@ -48,6 +48,7 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     calls = [(site, call) for site, call in found if call is not None]
     lower(normal, calls, options, run_arch, plan_arch)
     clean(normal)
+    declare_constants(normal)
     normal.graph.lint()
     normal.recompile()
     report.add_seconds("normalize", normalized - started)

@@ -16,8 +16,12 @@ from torch import Tensor
 def is_scalar_index(index: Any) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     scalars = [p for p in parts if _is_scalar(p)]
-    plain = all(isinstance(p, (slice, int, type(None), type(Ellipsis))) or _is_scalar(p) for p in parts)
-    return len(scalars) == 1 and plain
+    return len(scalars) == 1 and all(_is_plain(p) or _is_scalar(p) for p in parts)
+
+
+def _is_plain(part: Any) -> bool:
+    # A bool is an int to Python and a mask to PyTorch.
+    return isinstance(part, (slice, int, type(None), type(Ellipsis))) and not isinstance(part, bool)
 
 
 def _is_scalar(part: Any) -> bool:
@@ -57,7 +61,7 @@ def setitem(x: Tensor, index: Any, value: Any) -> None:
     view = operator.getitem(x, rest)
     shape = (*view.shape[:dim], *view.shape[dim + 1 :])
     source = torch.as_tensor(value, dtype=view.dtype, device=view.device) if not isinstance(value, Tensor) else value
-    while source.dim() > len(shape):
+    while source.dim() > len(shape) and source.shape[0] == 1:
         source = source.squeeze(0)
     source = source.to(view.dtype).expand(shape).unsqueeze(dim)
     view.index_copy_(dim, _position(scalar, view.shape[dim]).to(view.device), source)

@@ -97,6 +97,22 @@ def test_links_and_paths_exist(document: str) -> None:
     assert not [path for path in [*links, *quoted] if path and not (ROOT / path).exists()]
 
 
+def test_a_wheel_would_hold_every_module() -> None:
+    """setuptools is given a list of packages; a new folder that is not in it works in a checkout only."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    places = {"sm12x_compile": "sm12x_compile", "sm12x_compile.patterns": "patterns",
+              "sm12x_compile.lowering": "lowering"}  # fmt: skip
+    found = {}
+    for package, folder in places.items():
+        for path in (ROOT / folder).rglob("*.py"):  # does not follow the symlinks in the package
+            inside = path.parent.relative_to(ROOT / folder).parts
+            found[".".join([package, *inside])] = "/".join([folder, *inside])
+    assert set(found) == set(setuptools["packages"])
+    mapped = setuptools["package-dir"]
+    assert {package: mapped.get(package, package.replace(".", "/")) for package in found} == found
+
+
 def test_license_is_apache_2() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text

@@ -99,7 +99,15 @@ def test_as_good_as_eager_and_recognised(case: Case, dtype: torch.dtype):
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_all_dtypes_and_sizes(case: Case, dtype: torch.dtype, size: dict[str, int]):
     function, inputs = make(case, dtype, seed=2)
-    report = check_numbers(function, calls(inputs, Draw(dtype, seed=3, **size)), dtype)
+    arguments = calls(inputs, Draw(dtype, seed=3, **size))
+    try:
+        eager = convert(function, dtype) if isinstance(function, nn.Module) else function
+        run(eager, eager, convert(arguments, dtype))
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        pytest.skip("eager itself cannot fill with -1e9 in fp16")
+    report = check_numbers(function, arguments, dtype)
     check_report(case, report)
 
 
