@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,11 +45,32 @@ def graph_time(calls: Sequence[Call], *, replays: int = 25, warmup: int = 3) -> 
     return statistics.median(times)
 
 
-def copy_bandwidth(gib: float = 2.0) -> float:
-    """Bytes per second of a device-to-device copy, reads and writes counted."""
+def host_time(call: Call, *, repeats: int = 200) -> float:
+    """Seconds that the host spends on a call before it returns: Python, checks and the launch."""
+    for _ in range(10):
+        call()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def copy_bandwidth(gib: float = 2.0, repeats: int = 10) -> float:
+    """Bytes per second of a device-to-device copy, reads and writes counted. (In a graph it would be slower.)"""
     source = torch.randn(int(gib * 2**30 / 4), device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / graph_time([lambda: target.copy_(source)], replays=9)
+    target.copy_(source)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeats):
+        target.copy_(source)
+    end.record()
+    end.synchronize()
+    return 2 * source.numel() * 4 * repeats / (begin.elapsed_time(end) * 1e-3)
 
 
 def matmul_rate(size: int = 8192, dtype: torch.dtype = torch.bfloat16) -> float:

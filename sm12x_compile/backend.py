@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from .arch import resolve
 from .collect import active_reports
 from .normalize import NotNormalizable, example_value
 from .options import OptionError, Options
-from .pipeline import transform
+from .pipeline import device_of, transform
 from .report import Report
 
 logger = logging.getLogger("sm12x_compile")
@@ -54,7 +55,8 @@ def sm12x(
         OptionError: an option is unknown or has a value that is not allowed.
     """
     parsed = Options.parse(options)
-    report = Report(graphs=1)
+    arch, planned = resolve(parsed.arch, device_of(gm))
+    report = Report(graphs=1, arch=arch.name, planned=planned)
     compiled = _compile(gm, example_inputs, parsed, mode, report)
     for collected in active_reports():
         _merge(report, collected)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,18 @@ def _time(row: Row, job: Workload, compiled: Callable[..., Any]) -> None:
         setattr(row, name, min(clock.durations[settled]))
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads, and on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def run_tiny(name: str, phase: Phase, attn: str, codegen: str) -> Row:
     """One family in one phase, random weights, fp32."""
     from . import collect

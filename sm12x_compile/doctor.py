@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import arch as arch_records
 from .arch import Arch
+from .lowering.select import REFERENCE, choose
 from .ops import OPS
-from .registry import Call, kernels
+from .options import Options
+from .registry import Call
 
 Level = Literal["ok", "note", "broken"]
 
@@ -130,11 +132,11 @@ def checks(arch: str = "auto") -> list[Check]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one op would use for a sample call: the first kernel that accepts, and why others did not."""
+    """What one op would use for a sample call: the first kernel that accepts, and who declined before it."""
 
     op: str
     sample: str
-    kernel: str | None
+    kernel: str
     refused: list[tuple[str, str]]
 
 
@@ -160,13 +162,11 @@ def _samples() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def choices(arch: str = "auto") -> list[Choice]:
-    """For every semantic op, which kernel would run a few sample calls here, and why the others declined.
+    """Which kernel would run a few sample calls of the ops that have kernels, and why others declined.
 
     Raises:
         ValueError: `arch` is not a known name.
     """
-    from . import lowering  # noqa: F401  (registers the kernels)
-
     record, _ = _arch(arch)
     found = []
     with FakeTensorMode():
@@ -175,15 +175,8 @@ def choices(arch: str = "auto") -> list[Choice]:
         bound = OPS[op].signature.bind(**given)
         bound.apply_defaults()
         call = Call(op, dict(bound.arguments))
-        refused: list[tuple[str, str]] = []
-        chosen = None
-        for kernel in kernels(op):
-            verdict = kernel.accepts(call, record)
-            if verdict:
-                chosen = chosen or kernel.name
-            else:
-                refused.append((kernel.name, getattr(verdict, "reason", "declined")))
-        found.append(Choice(op, sample, chosen, refused))
+        kernel, refused = choose(call, record, Options())
+        found.append(Choice(op, sample, kernel.name if kernel else REFERENCE, refused))
     return found
 
 
@@ -196,11 +189,11 @@ def render(found: list[Check], ops: list[Choice]) -> Group:
     for check in found:
         machine.add_row(marks[check.level], check.name, check.found, check.advice)
     kernel_table = Table(title="what each op would use here", title_justify="left")
-    for column in ("op", "call", "kernel", "declined, and why"):
+    for column in ("op", "call", "kernel", "asked before it, and why not"):
         kernel_table.add_column(column, overflow="fold")
     for choice in ops:
         why = "\n".join(f"{name}: {reason}" for name, reason in choice.refused)
-        kernel_table.add_row(choice.op, choice.sample, choice.kernel or "-", why)
+        kernel_table.add_row(choice.op, choice.sample, choice.kernel, why)
     return Group(machine, kernel_table)
 
 

@@ -118,11 +118,14 @@ class _Reader(torch.fx.Interpreter):
         if target in _GRAD_SWITCHES:
             return None
         if target is operator.getitem and isinstance(args[0], torch.Tensor) and scalar_index.is_scalar_index(args[1]):
-            self.picks.append(_Pick(self.node, args[0], scalar_index.getitem(*args)))
-            return self.picks[-1].value
+            picked = scalar_index.getitem(*args)
+            if isinstance(args[0], FunctionalTensor) and isinstance(picked, FunctionalTensor):
+                self.picks.append(_Pick(self.node, args[0], picked))
+            return picked
         if target is operator.setitem and scalar_index.is_scalar_index(args[1]):
             # ``x[i] += y`` reads, adds in place and writes back: the copy is x's own again.
-            back = [p for p in self.picks if p.value is args[2] and p.node.args == self.node.args[:2] and p.is_current()]
+            same = [p for p in self.picks if p.value is args[2] and p.node.args == self.node.args[:2]]
+            back = [p for p in same if p.is_current()]
             scalar_index.setitem(*args)
             for pick in back:
                 pick.keep()
@@ -130,7 +133,7 @@ class _Reader(torch.fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
     def refuse_stale_picks(self, inputs: list[Any], outputs: Any) -> None:
-        """``x[i]`` is a view in eager and a copy here, which shows where it or x is written, or both are seen outside."""
+        """``x[i]`` is a view in eager and a copy here; that shows where it or x is written, or both are returned."""
         tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, FunctionalTensor)]
         for pick in self.picks:
             if not pick.is_unwritten():

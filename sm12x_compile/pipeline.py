@@ -30,7 +30,7 @@ class Transformed:
 
 
 def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
-    """Rewrite one graph of Dynamo's.
+    """Rewrite one graph of Dynamo's; `report` gets the time that it took.
 
     Raises:
         NotNormalizable: the graph must stay as it is.
@@ -40,8 +40,7 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     normalized = time.perf_counter()
     device = device_of(gm)
     run_arch, _ = resolve("auto", device)
-    plan_arch, planned = resolve(options.arch, device)
-    report.arch, report.planned = plan_arch.name, planned
+    plan_arch, _ = resolve(options.arch, device)
     found = recognise(normal, options)
     matched = time.perf_counter()
     sites = [site for site, _ in found]

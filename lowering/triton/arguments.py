@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +63,13 @@ def _name(dtype: torch.dtype) -> str:
 def card_of(q: Tensor) -> Arch:
     """The card that the tensor lives on; Triton's interpreter works on CPU tensors with the tiles of SM12x."""
     return of_device(q.device.index) if q.is_cuda else by_name("rtx5090")
+
+
+def device_guard(q: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        return torch.cuda.device(q.device)
+    return nullcontext()
 
 
 def split_head_dim(size: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import card_of, check, operands, refusal
+from .arguments import card_of, check, device_guard, operands, refusal
 from .tiles import DecodeTiles, decode_splits, decode_tiles
 
 MAX_QUERIES = 16
@@ -98,11 +98,9 @@ def run_decode(tiles: DecodeTiles, splits: int, *args: Any, **kwargs: Any) -> Te
     out, arguments, grid, combine = decode_launch(*args, **kwargs, tiles=tiles, splits=splits)
     if not out.numel() or not arguments["T"]:
         return out.zero_().transpose(1, 2)
-    decode_kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    if combine is not None:
-        combine_kernel[(grid_rows(out),)](**combine, num_warps=tiles.combine_warps)
+    with device_guard(out):
+        decode_kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        if combine is not None:
+            rows = out.shape[0] * out.shape[1] * out.shape[2]
+            combine_kernel[(rows,)](**combine, num_warps=tiles.combine_warps)
     return out.transpose(1, 2)
-
-
-def grid_rows(out: Tensor) -> int:
-    return out.shape[0] * out.shape[1] * out.shape[2]

@@ -79,9 +79,16 @@ def load_tile(base, rows, stride_row, stride_col, limit,
 
 @triton.jit
 def cap_scores(x, softcap):
-    """softcap * tanh(x / softcap), by exp2: the interpreter has no libdevice, and tanh.approx errs by 5e-4."""
-    e = tl.exp2(x * (2.0 * LOG2E / softcap))
-    return softcap - 2.0 * softcap / (1.0 + e)
+    """softcap * tanh(x / softcap), by exp2: the interpreter has no libdevice, and tanh.approx errs by 5e-4.
+
+    Near zero, where 1 - 2 / (1 + e) would cancel, by the first terms of tanh's series.
+    """
+    z = x / softcap
+    e = tl.exp2(z * (2.0 * LOG2E))
+    far = softcap - 2.0 * softcap / (1.0 + e)
+    zz = z * z
+    near = x * (1.0 + zz * (-1.0 / 3.0 + zz * (2.0 / 15.0 + zz * (-17.0 / 315.0 + zz * (62.0 / 2835.0)))))
+    return tl.where(zz < 0.0625, near, far)
 
 
 @triton.jit

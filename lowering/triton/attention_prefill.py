@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import card_of, check, operands, refusal
+from .arguments import card_of, check, device_guard, operands, refusal
 from .tiles import Tiles, prefill_tiles
 
 
@@ -68,10 +68,10 @@ def run_prefill(tiles: Tiles, *args: Any, **kwargs: Any) -> Tensor:
     from .prefill_kernel import prefill_kernel
 
     out, arguments, grid = prefill_launch(*args, **kwargs, tiles=tiles)
-    if out.numel() and arguments["T"]:
+    if not out.numel() or not arguments["T"]:
+        return out.zero_().transpose(1, 2)
+    with device_guard(out):
         prefill_kernel[grid](
             **arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.max_registers
         )
-    else:
-        out.zero_()
     return out.transpose(1, 2)

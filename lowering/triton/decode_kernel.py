@@ -147,7 +147,7 @@ def decode_kernel(
         acc = acc * ratio[:, None]
         if DV_REST > 0:
             acc_rest = acc_rest * ratio[:, None]
-        if EMPTY == EMPTY_MEAN:
+        if EMPTY == EMPTY_MEAN:  # noqa: SIM102 (known while compiling, then known at run time)
             if tl.max(empty.to(tl.int32), 0) > 0:
                 mean = mean_of_values(v_base, stride_vt, stride_vd, T, 0, DV_MAIN, DV, BLOCK_N, WIDE)
                 acc = tl.where(empty[:, None], mean[None, :], acc)
@@ -195,7 +195,7 @@ def combine_kernel(
         sink = tl.load(sinks + h * stride_sink).to(tl.float32) * (LOG2E / UNIT)
     ratio, empty = divisor(m, tl.sum(total, 0), sink, UNIT, sinks is not None, EMPTY)
     value = tl.sum(acc, 0) * ratio
-    if EMPTY == EMPTY_MEAN:
+    if EMPTY == EMPTY_MEAN:  # noqa: SIM102 (known while compiling, then known at run time)
         if empty:
             v_base = v + b * stride_vb + (h // GROUP) * stride_vh
             value = mean_of_values(v_base, stride_vt, stride_vd, T, 0, DV_PAD, DV, BLOCK_N, WIDE)

@@ -200,7 +200,7 @@ def prefill_kernel(
     acc = acc * ratio[:, None]
     if DV_REST > 0:
         acc_rest = acc_rest * ratio[:, None]
-    if EMPTY == EMPTY_MEAN:
+    if EMPTY == EMPTY_MEAN:  # noqa: SIM102 (known while compiling, then known at run time)
         if tl.max(empty.to(tl.int32), 0) > 0:
             mean = mean_of_values(v_base, stride_vt, stride_vd, T, 0, DV_MAIN, DV, BLOCK_N, WIDE)
             acc = tl.where(empty[:, None], mean[None, :], acc)

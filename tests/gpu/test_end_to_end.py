@@ -31,7 +31,11 @@ def build(name: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(name, **COMMON, **MODELS[name])
     with torch.device("cuda"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        # `batched_mm`: the grouped one has no fp64, and synchronises with the host in fp32.
+        experts = {"experts_implementation": "batched_mm"} if "num_local_experts" in MODELS[name] else {}
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", **experts
+        )
     for parameter in model.parameters():
         if not torch.isfinite(parameter).all() or parameter.std() == 0:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -6,6 +6,7 @@ The bound is the relative error of the whole result, ||out - ref|| / ||ref||. fp
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -84,13 +85,14 @@ MASKS = [
 ]  # fmt: skip
 HEADS = [
     Case(f"head dims {d} and {dv}", S=19, T=37, D=d, DV=dv, causal=True, q_shift=18)
-    for d, dv in ((8, 8), (32, 32), (40, 40), (72, 40), (80, 80), (96, 96), (64, 128), (192, 128), (192, 192), (256, 256))
+    for d, dv in [(d, d) for d in (8, 32, 40, 80, 96, 192, 256)] + [(72, 40), (64, 128), (192, 128)]
 ]
 SHAPES = [Case(f"S {s}, T {t}", S=s, T=t, causal=True, q_shift=t - s) for s in (1, 7, 63, 65) for t in (1, 7, 63, 65)]
 STRIDES = [
     Case("[B, S, H, D] in memory", layout="bshd", causal=True),
     Case("strided last dim", layout="bhds", causal=True),
     Case("one KV head expanded", layout="expanded", causal=True),
+    Case("keys far apart", layout="far", S=2, T=3),
     Case("16 heads a KV head", B=1, Hq=16, Hkv=1, S=5, causal=True, q_shift=60),
     Case("one head a KV head", Hq=3, Hkv=3, S=5),
 ]
@@ -111,7 +113,10 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor,
             return torch.randn(B, N, H, W, device=device, dtype=dtype).transpose(1, 2)
         if case.layout == "bhds":
             return torch.randn(B, H, W, N + 3, device=device, dtype=dtype)[..., :N].transpose(2, 3)
-        if case.layout == "expanded" and H == Hkv:
+        if case.layout == "far" and Hkv == H:
+            far = torch.empty(N << 23, device=device, dtype=dtype).as_strided((B, H, N, W), (H * W, W, 1 << 23, 1))
+            return far.copy_(torch.randn(B, H, N, W, device=device, dtype=dtype))
+        if case.layout == "expanded" and Hkv == H:
             return torch.randn(B, 1, N, W, device=device, dtype=dtype).expand(B, H, N, W)
         return torch.randn(B, H, N, W, device=device, dtype=dtype)
 
@@ -165,7 +170,6 @@ def run(request: pytest.FixtureRequest) -> Runner:
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        import importlib
 
         def native(module: str, function: str, *args: Any, **kwargs: Any) -> Tensor:
             # What the allocator hands out next held NaN: an element that no one writes shows.
@@ -260,6 +264,17 @@ def test_a_cache_is_read_only_where_it_is_filled(module: str, function: str, bou
     reference = expected(q, k, v, scale, masks)
     k[:, :, ~used], v[:, :, ~used] = torch.nan, torch.nan
     check(run(module, function, q, k, v, scale, **masks), reference, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("module", "function"), ENTRIES, ids=["prefill", "decode"])
+def test_offsets_beyond_int32(module: str, function: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    case = Case("4 GiB between the first and the last key", B=1, Hkv=1, S=2, T=260, layout="far")
+    q, k, v, scale, _ = inputs(case, torch.float16, "cuda")
+    out = getattr(importlib.import_module(module), function)(q, k, v, scale)
+    check(out, expected(q, k, v, scale, {}), torch.float16)
 
 
 @pytest.mark.gpu
