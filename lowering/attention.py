@@ -117,13 +117,14 @@ def masked_sdpa(
     keep = allowed_keys(q, k, **masks)
     if bias is not None and bias.dtype == torch.bool:
         keep, bias = (bias if keep is None else keep & bias), None
-    low = torch.finfo(q.dtype).min if empty_rows == "mean" else -math.inf
+    # A quarter of the least number: kernels scale the scores, and must not reach -inf where the mean is kept.
+    low = q.new_full((), torch.finfo(q.dtype).min / 4 if empty_rows == "mean" else -math.inf)
+    if bias is None and keep is not None and empty_rows == "mean":
+        bias = torch.zeros_like(low)
     mask = keep
     if bias is not None:
-        mask = bias.to(q.dtype)
-        mask = mask if keep is None else torch.where(keep, mask, low)
-    elif empty_rows == "mean" and keep is not None:
-        mask = torch.where(keep, 0.0, low).to(q.dtype)
+        added = bias.to(q.dtype)
+        mask = torch.maximum(added, low) if keep is None else torch.where(keep, torch.maximum(added, low), low)
     out = _sdpa(q, k, v, scale, mask, False)
     return out if out_dtype is None else out.to(out_dtype)
 

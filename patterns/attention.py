@@ -20,7 +20,6 @@ new kind of mask into `masks.py`; each is one branch that answers with a `Refusa
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,13 +29,14 @@ from sm12x_compile.index_algebra import Element, Index, Var, same_size
 from sm12x_compile.index_algebra.expr import broadcast, shape_of
 from sm12x_compile.index_algebra.index import divide_exactly
 from sm12x_compile.index_algebra.predicate import AtMostZero, predicate_of
-from sm12x_compile.masks import MaskTerm, StructuredMask, explain_masks
+from sm12x_compile.masks import MaskTerm, StructuredMask
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite, source
 from sm12x_compile.registry import register_pattern
 
 from .emit import emit_attention
+from .empty_rows import settle_masks
 from .roles import Problem, Roles, assign_roles
-from .scores import ABSORBING, read_scores, read_sink, read_terms
+from .scores import read_scores, read_sink, read_terms
 from .softmax import WeightedSum, find_weighted_sum, fresh_index
 
 aten = torch.ops.aten
@@ -61,11 +61,14 @@ def attention(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     roles = assign_roles(problem)
     if isinstance(roles, Refusal):
         return roles
-    mask = _prove(problem, roles)
+    settled = settle_masks(roles.problem, roles)
+    if isinstance(settled, Refusal):
+        return settled
+    mask, empty_rows = settled
     tags = _tags(problem, roles, mask)
     try:
         with graph.graph.inserting_before(problem.node):
-            call, value = emit_attention(graph, problem, roles, mask)
+            call, value = emit_attention(graph, roles, mask, empty_rows)
     except CannotArrange as reason:
         return Refusal(f"no view expresses an operand: {reason}", problem.node, tags)
     return Rewrite(problem.node, call, value, tags)
@@ -92,14 +95,11 @@ def _from_softmax(anchor: Node) -> Problem | Refusal | None:
         sinks.append(sink[0])
     if len(sinks) > 1:
         return Refusal("the softmax has several columns without values", anchor)
-    empty = "nan"
-    if any(math.isfinite(m.drop_value) for m in scores.masks) and (found.form == "softmax" or scores.shifts):
-        empty = "mean"
     return Problem(
         node=found.node, out=found.out, key=found.key, q=scores.q, k=scores.k, value=found.value,
         summed=scores.summed, scale=scores.scale, softcap=scores.softcap, masks=scores.masks,
-        filled=scores.filled, biases=scores.biases, sink=sinks[0] if sinks else None, rows=found.rows,
-        empty_rows=empty, form=found.form,
+        biases=scores.biases, sink=sinks[0] if sinks else None, rows=found.rows, form=found.form,
+        stable=found.stable or scores.max_subtracted,
     )  # fmt: skip
 
 
@@ -172,38 +172,12 @@ def _from_sdpa(node: Node) -> Problem | Refusal:
         scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
     if not isinstance(scale, (int, float)) or scale <= 0:
         return Refusal("the scale is not a positive constant", node)
-    finite = [m for m in masks if math.isfinite(m.drop_value)]
     return Problem(
         node=node, out=out, key=key, q=source(at(q, batch, row, d), (key, summed)),
         k=source(at(k, heads, t, d), (key, summed)),
         value=at(v, heads, t, column), summed=(summed,), scale=float(scale), softcap=0.0, masks=tuple(masks),
-        filled=tuple(False for _ in masks), biases=tuple(biases), sink=None, rows=row,
-        empty_rows="mean" if finite else "zero", form="sdpa",
+        biases=tuple(biases), sink=None, rows=row, form="sdpa", stable=True,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- masks
-
-
-def _prove(problem: Problem, roles: Roles) -> StructuredMask:
-    """Structure what can be proved; keep dense what a structured mask would treat differently."""
-    batch = set(roles.batch)
-    masks = list(zip(problem.masks, problem.filled, strict=True))
-    mask = explain_masks([m for m, _ in masks], roles.query, problem.key, batch)
-    if not mask.may_be_empty(roles.query, problem.key):
-        return mask
-    finite = [(m, f) for m, f in masks if math.isfinite(m.drop_value)]
-    if not finite:
-        return mask
-    # A query with no key: its weights are those of the values that stand at the masked scores. That is the plain
-    # mean only if all masked scores are the same number.
-    same = len({m.drop_value for m, _ in masks}) == 1
-    uniform = same and (all(f for _, f in masks) or (len(masks) == 1 and finite[0][0].drop_value <= ABSORBING))
-    if uniform and not mask.dense:
-        return mask
-    proved = [m for m, _ in masks if not math.isfinite(m.drop_value)]
-    rest = explain_masks(proved, roles.query, problem.key, batch)
-    return replace(rest, dense=(*rest.dense, *(m for m, _ in finite)))
 
 
 def _tags(problem: Problem, roles: Roles, mask: StructuredMask) -> dict[str, Any]:

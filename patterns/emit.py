@@ -13,7 +13,7 @@ from sm12x_compile.index_algebra import Index, Size, Var, known_nonnegative, sam
 from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.index_algebra.index import Datum, add, mul
 from sm12x_compile.index_algebra.predicate import Holds, substitute
-from sm12x_compile.masks import MaskTerm, StructuredMask
+from sm12x_compile.masks import StructuredMask
 from sm12x_compile.match import CannotArrange, GraphView
 
 from .roles import Problem, Roles
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def emit_attention(
-    graph: GraphView, problem: Problem, roles: Roles, mask: StructuredMask
+    graph: GraphView, roles: Roles, mask: StructuredMask, empty_rows: str
 ) -> tuple[Node, Node]:
     """Add the call at the insertion point.
 
@@ -36,7 +36,7 @@ def emit_attention(
     batch, heads = roles.batch, (*roles.kv_head, *roles.group)
     query = (roles.query,) if roles.query is not None else ()
     key = (problem.key,)
-    if mask.kv_len is not None and mask.kv_len.is_const and _may_cut(problem, mask):
+    if mask.kv_len is not None and mask.kv_len.is_const and _may_cut(empty_rows, mask):
         # A length known while compiling is a slice of the cache.
         shorter = Var("t", mask.kv_len.const)
         cut = {problem.key: Index.of(shorter)}
@@ -83,18 +83,18 @@ def emit_attention(
         extra["softcap"] = problem.softcap
     if problem.sink is not None:
         extra["sinks"] = graph.arrange(problem.sink, [heads])
-    if problem.empty_rows != "zero":
-        extra["empty_rows"] = problem.empty_rows
+    if empty_rows != "zero":
+        extra["empty_rows"] = empty_rows
     if out_dtype != dtype:
         extra["out_dtype"] = out_dtype
     call = graph.call(torch.ops.sm12x.attention.default, q, k, v, problem.scale, **extra)
     return call, _restore(graph, call, problem, [batch, heads, query, roles.feature])
 
 
-def _may_cut(problem: Problem, mask: StructuredMask) -> bool:
+def _may_cut(empty_rows: str, mask: StructuredMask) -> bool:
     """Whether leaving out the keys behind the length is the same as masking them."""
     assert mask.kv_len is not None
-    spreads = problem.empty_rows == "mean" and (mask.padding or mask.segments or mask.dense)
+    spreads = empty_rows == "mean" and (mask.padding or mask.segments or mask.dense)
     return not spreads and known_nonnegative(add(mask.kv_len.const, -1))
 
 
@@ -105,7 +105,7 @@ def _shortened(mask: StructuredMask, cut: dict[Var, Index]) -> StructuredMask:
         padding=tuple(Holds(h.element.subs(cut), h.expected) for h in mask.padding),
         segments=(mask.segments[0], mask.segments[1].subs(cut)) if mask.segments else None,
         dense=tuple(
-            MaskTerm(substitute(m.keep, cut), m.drop_value, m.source.subs(cut), m.source_keeps)
+            replace(m, keep=substitute(m.keep, cut), source=m.source.subs(cut))
             for m in mask.dense
         ),
     )
@@ -149,7 +149,7 @@ def _bias(
         if part.meta["val"].dtype == torch.bool:
             if not term.source_keeps:
                 part = graph.call(aten.logical_not.default, part)
-            if math.isfinite(term.drop_value):
+            if math.isfinite(term.drop_value) and not term.as_bool:
                 wide = torch.float64 if problem.q.node.meta["val"].dtype == torch.float64 else torch.float32
                 zero = graph.call(aten.zeros.default, [], dtype=wide, device=part.meta["val"].device)
                 low = max(term.drop_value, torch.finfo(wide).min)

@@ -35,12 +35,11 @@ class Problem:
     scale: float
     softcap: float
     masks: tuple[MaskTerm, ...]
-    filled: tuple[bool, ...]
     biases: tuple[tuple[Element, float], ...]
     sink: Element | None
     rows: Index | None
-    empty_rows: str
     form: str
+    stable: bool
 
     def subs(self, mapping: dict[Var, Index]) -> Problem:
         """The same problem over other variables; `key` and `summed` stay."""

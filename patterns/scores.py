@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Apply, Element, Expr, Number, Reduce, Var, look, step
+from sm12x_compile.index_algebra import Apply, Element, Expr, Index, Number, Reduce, Var, look, step
 from sm12x_compile.index_algebra.predicate import TRUE, Choice, choice_of, negate, predicate_of
 from sm12x_compile.masks import MaskTerm
 from sm12x_compile.match import Refusal, source
@@ -36,10 +36,10 @@ class Scores:
     scale: float = 1.0
     softcap: float = 0.0
     masks: tuple[MaskTerm, ...] = ()
-    filled: tuple[bool, ...] = ()
     biases: tuple[tuple[Element, float], ...] = ()
     shifts: tuple[Expr, ...] = ()
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    product: Node | None = None
+    max_subtracted: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class _Reading:
     factor: float = 1.0
     softcap: float = 0.0
     masks: tuple[MaskTerm, ...] = ()
-    filled: tuple[bool, ...] = ()
     biases: tuple[tuple[Element, float], ...] = ()
     shifts: tuple[Expr, ...] = ()
+    max_subtracted: bool = False
 
 
 def read_scores(expr: Expr, key: Var) -> Scores | Refusal:
@@ -89,6 +89,39 @@ def _shift(expr: Expr) -> Expr:
             break
         expr = inner.args[0]
     return expr
+
+
+def _is_row_maximum(shift: Expr, scores: Expr, key: Var) -> bool:
+    """Whether `shift` is the greatest of `scores` along the key (or that and a sink, whichever is greater)."""
+    found = _shift(shift)
+    inner = step(found) if isinstance(found, Element) else found
+    if isinstance(inner, Apply) and inner.op == "maximum":
+        return any(_is_row_maximum(a, scores, key) for a in inner.args)
+    if not (isinstance(inner, Reduce) and inner.kind == "max"):
+        return False
+    body = inner.body
+    here = {key: Index.of(inner.var)}
+    while isinstance(body, Element) and isinstance(scores, Element):
+        if body == scores.subs(here):
+            return True
+        deeper = step(scores)
+        if not isinstance(deeper, Element):
+            return look(body) == look(scores).subs(here)
+        scores = deeper
+    return False
+
+
+def _follows_from(node: Node, product: Node) -> bool:
+    """Whether `product` is among the nodes that `node` was computed from."""
+    seen, waiting = {node}, [node]
+    while waiting and len(seen) < 2000:
+        here = waiting.pop()
+        if here is product:
+            return True
+        new = [n for n in here.all_input_nodes if n not in seen]
+        seen.update(new)
+        waiting += new
+    return bool(waiting)
 
 
 def _depends_on(expr: Expr, key: Var) -> bool:
@@ -131,8 +164,9 @@ def _read(expr: Expr, key: Var, outside: _Reading) -> Scores | Refusal:
                 return Refusal("tanh of the scores is no softcap", node)
             outside = replace(outside, softcap=outside.factor, factor=1.0)
             expr = args[0]
-        elif op == "sub" and not _depends_on(args[1], key):
-            outside = replace(outside, shifts=(*outside.shifts, _shift(args[1])))
+        elif op == "sub" and not outside.softcap and not _depends_on(args[1], key):
+            maximum = outside.max_subtracted or _is_row_maximum(args[1], args[0], key)
+            outside = replace(outside, shifts=(*outside.shifts, _shift(args[1])), max_subtracted=maximum)
             expr = args[0]
         elif op in ("add", "sub"):
             return _added(op, args, key, outside, node)
@@ -177,6 +211,9 @@ def _added(op: str, args: Sequence[Expr], key: Var, outside: _Reading, node: Nod
             continue
         found = _read(scores, key, gathered)
         if isinstance(found, Scores):
+            # What follows from the scores themselves may be as large as a mask, and cancel it.
+            if isinstance(other, Element) and found.product is not None and _follows_from(other.node, found.product):
+                return Refusal("what is added to the scores depends on the scores", other.node)
             return found
         refusals.append(found)
     return refusals[0]
@@ -192,7 +229,7 @@ def _terms(expr: Expr, outside: _Reading, sign: float) -> _Reading | Refusal:
     if isinstance(choice, Choice) and element is not None:
         term = _mask_term(choice, factor, element)
         if term is not None:
-            return replace(outside, masks=(*outside.masks, term), filled=(*outside.filled, False))
+            return replace(outside, masks=(*outside.masks, term))
     value = expr
     while isinstance(value, Element):
         value = look(value)
@@ -241,10 +278,10 @@ def _filled(args: Sequence[Expr], outside: _Reading, node: Node | None) -> tuple
             return Refusal(f"masked scores are set to {value:g}, which is not low enough to be a mask", node)
         if when is None:
             return Refusal("the mask of the scores is no boolean tensor", node)
-        term = MaskTerm(when if keeps else negate(when), dropped, condition, keeps)
+        term = MaskTerm(when if keeps else negate(when), dropped, condition, keeps, filled=True)
         if outside.biases and dropped > ABSORBING:
             return Refusal("a bias is added to scores that were masked with a finite value", node)
-        return scores, replace(outside, masks=(*outside.masks, term), filled=(*outside.filled, True))
+        return scores, replace(outside, masks=(*outside.masks, term))
     return Refusal("the scores are chosen between two tensors", node)
 
 
@@ -276,8 +313,8 @@ def _product(total: Reduce, key: Var, outside: _Reading) -> Scores | Refusal:
     if not (scale > 0 and math.isfinite(scale)):
         return Refusal(f"the scores are scaled by {scale:g}", total.node)
     return Scores(
-        a, b, tuple(summed), scale, outside.softcap, outside.masks, outside.filled, outside.biases,
-        outside.shifts,
+        a, b, tuple(summed), scale, outside.softcap, outside.masks, outside.biases, outside.shifts, total.node,
+        outside.max_subtracted,
     )  # fmt: skip
 
 

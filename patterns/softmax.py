@@ -10,7 +10,7 @@ Shared by the families that are attention: they read the scores, this file finds
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
@@ -55,7 +55,7 @@ class WeightedSum:
         value: the element of v at t.
         rows: the index along the scores' dimension before the softmax one: most likely the query.
         form: ``softmax`` or ``exp``.
-        shifted: whether the greatest score was subtracted by hand or by softmax.
+        stable: whether torch's own softmax subtracts the greatest score; by hand, the scores must.
     """
 
     node: Node
@@ -66,8 +66,7 @@ class WeightedSum:
     value: Element
     rows: Index | None
     form: str
-    shifted: bool = True
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    stable: bool
 
 
 def fresh_index(node: Node) -> tuple[Index, ...]:
@@ -166,7 +165,8 @@ def _assemble(
     elif along.const != 0:
         return Refusal("the weights are shifted along the keys", top)
     rows = next((index[d] for d in range(dim - 1, -1, -1)), None) if dim else None
-    return WeightedSum(top, out, key, at(along), sinks, value, rows, form)
+    stable = form == "softmax" or operand(anchor).target is aten.log_softmax.int
+    return WeightedSum(top, out, key, at(along), sinks, value, rows, form, stable)
 
 
 def _spare_column(size: Size, key: Var, along: Index) -> Index | None:

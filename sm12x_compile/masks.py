@@ -34,13 +34,16 @@ class MaskTerm:
     """One mask of the user's: keep where the predicate holds, else the score becomes (or gains) `drop_value`.
 
     `source` is the element to materialise if the predicate cannot be explained: a float to be added, or, if it
-    is boolean, True where `source_keeps`.
+    is boolean, True where `source_keeps`. `filled` masks replace the score, others are added to it; `as_bool`
+    asks for a boolean mask even where the drop value is finite.
     """
 
     keep: Predicate
     drop_value: float
     source: Element
     source_keeps: bool = True
+    filled: bool = False
+    as_bool: bool = False
 
 
 @dataclass(frozen=True)

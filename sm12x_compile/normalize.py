@@ -70,7 +70,7 @@ def normalize(gm: GraphModule) -> GraphModule:
             wrapped = [FunctionalTensor.to_functional(a) if isinstance(a, torch.Tensor) else a for a in args]
             reader = _Reader(gm)
             out = reader.run(*wrapped)
-            reader.refuse_stale_picks(wrapped, out)
+            reader.finish(wrapped, out)
             result = pytree.tree_map_only(FunctionalTensor, _unwrap, out)
             written = [
                 (i, _unwrap(a))
@@ -109,55 +109,73 @@ class _Reader(torch.fx.Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.picks: list[_Pick] = []
+        self.refusal: str | None = None  # raised at the end: an exception from inside would be decorated
 
     def run_node(self, n: Node) -> Any:
-        self.node = n
-        return super().run_node(n)
+        given = [self.env[x] for x in n.all_input_nodes if isinstance(self.env[x], FunctionalTensor)]
+        stored = [pick for pick in self.picks if pick.is_stored_by(n, self.env)]
+        for pick in self.picks:
+            self.refusal = self.refusal or pick.refusal(given, stored=pick in stored)
+        result = super().run_node(n)
+        for pick in stored:
+            pick.keep()
+        if n.target is operator.getitem and isinstance(result, FunctionalTensor):
+            base, index = self.fetch_args_kwargs_from_env(n)[0]
+            if scalar_index.is_scalar_index(index) and isinstance(base, FunctionalTensor):
+                self.picks.append(_Pick(n, base, result))
+        return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _GRAD_SWITCHES:
             return None
         if target is operator.getitem and isinstance(args[0], torch.Tensor) and scalar_index.is_scalar_index(args[1]):
-            picked = scalar_index.getitem(*args)
-            if isinstance(args[0], FunctionalTensor) and isinstance(picked, FunctionalTensor):
-                self.picks.append(_Pick(self.node, args[0], picked))
-            return picked
+            return scalar_index.getitem(*args)
         if target is operator.setitem and scalar_index.is_scalar_index(args[1]):
-            # ``x[i] += y`` reads, adds in place and writes back: the copy is x's own again.
-            same = [p for p in self.picks if p.value is args[2] and p.node.args == self.node.args[:2]]
-            back = [p for p in same if p.is_current()]
-            scalar_index.setitem(*args)
-            for pick in back:
-                pick.keep()
-            return None
+            return scalar_index.setitem(*args)
         return super().call_function(target, args, kwargs)
 
-    def refuse_stale_picks(self, inputs: list[Any], outputs: Any) -> None:
-        """``x[i]`` is a view in eager and a copy here; that shows where it or x is written, or both are returned."""
-        tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, FunctionalTensor)]
-        for pick in self.picks:
-            if not pick.is_unwritten():
-                raise NotNormalizable("a view taken at the index of a 0-d tensor is written, or what it views is")
-            outside = [t for t in (*inputs, *tensors) if isinstance(t, FunctionalTensor)]
-            if any(_shares(t, pick.value) for t in tensors) and any(_shares(t, pick.base) for t in outside):
-                raise NotNormalizable("an output is a view taken at the index of a 0-d tensor")
+    def finish(self, inputs: list[Any], outputs: Any) -> None:
+        refusals = (self.refusal, *(pick.refusal_outside(inputs, outputs) for pick in self.picks))
+        if any(refusals):
+            raise NotNormalizable(next(filter(None, refusals)))
 
 
 class _Pick:
-    """``value = base[index]`` by a 0-d tensor, and what both held then."""
+    """``value = base[index]`` by a 0-d tensor: a view in eager, a copy here, as long as nobody can tell."""
 
     def __init__(self, node: Node, base: FunctionalTensor, value: FunctionalTensor) -> None:
         self.node, self.base, self.value = node, base, value
         self.keep()
 
     def keep(self) -> None:
+        """Remember what base and value hold, now that they agree."""
         self.base_then, self.value_then = _unwrap(self.base), _unwrap(self.value)
 
-    def is_current(self) -> bool:
-        return _unwrap(self.base) is self.base_then
+    def is_stored_by(self, node: Node, env: dict[Node, Any]) -> bool:
+        """``x[i] += y`` reads, adds in place and stores at the same place: then the copy is x's own again."""
+        if node.target is not operator.setitem or node.args[:2] != self.node.args:
+            return False
+        return env.get(node.args[2]) is self.value and _unwrap(self.base) is self.base_then  # type: ignore[arg-type]
 
-    def is_unwritten(self) -> bool:
-        return self.is_current() and _unwrap(self.value) is self.value_then
+    def refusal(self, given: list[FunctionalTensor], *, stored: bool) -> str | None:
+        """Why a node that runs on `given` can tell the copy from a view."""
+        base_written = _unwrap(self.base) is not self.base_then
+        value_written = _unwrap(self.value) is not self.value_then
+        if base_written and any(_shares(t, self.value) for t in given):
+            return "a view taken at the index of a 0-d tensor is used after its base was written"
+        if value_written and not stored and any(_shares(t, self.base) for t in given):
+            return "a view taken at the index of a 0-d tensor is written"
+        return None
+
+    def refusal_outside(self, inputs: list[Any], outputs: Any) -> str | None:
+        """Why the caller of the graph can tell the copy from a view."""
+        returned = [t for t in pytree.tree_leaves(outputs) if isinstance(t, FunctionalTensor)]
+        seen = [t for t in (*inputs, *returned) if isinstance(t, FunctionalTensor) and _shares(t, self.base)]
+        if seen and _unwrap(self.value) is not self.value_then:
+            return "a view taken at the index of a 0-d tensor is written"
+        if seen and any(_shares(t, self.value) for t in returned):
+            return "an output is a view taken at the index of a 0-d tensor"
+        return None
 
 
 def _shares(a: FunctionalTensor, b: FunctionalTensor) -> bool:

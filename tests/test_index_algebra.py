@@ -34,7 +34,6 @@ from sm12x_compile.index_algebra import (
     step,
 )
 from sm12x_compile.index_algebra.predicate import All, AtMostZero, Holds, IsZero, predicate_of
-from sm12x_compile.index_algebra.predicate import Any as AnyOf
 from sm12x_compile.normalize import normalize
 
 Assignment = dict[Var, int]
@@ -129,8 +128,12 @@ def layout_op(draw: Any, shape: tuple[int, ...]) -> tuple[Any, tuple[int, ...]]:
     dim = draw(st.integers(0, rank - 1))
     size = shape[dim]
     kind = draw(st.sampled_from(
-        "transpose permute reshape split_dim merge slice select unsqueeze expand flip repeat interleave cat "
-        "stack chunk unbind pad slice_scatter select_scatter index squeeze index_select".split()
+        [
+        "transpose", "permute", "reshape", "split_dim", "merge", "slice", "select",
+        "unsqueeze", "expand", "flip", "repeat", "interleave", "cat", "stack",
+        "chunk", "unbind", "pad", "slice_scatter", "select_scatter", "index", "squeeze",
+        "index_select",
+    ]
     ))  # fmt: skip
     if kind == "transpose":
         other = draw(st.integers(0, rank - 1))

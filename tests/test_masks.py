@@ -178,6 +178,8 @@ EXACT: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     "chunk, shifted": (
         lambda i, j: ((i + 3) // 4 == j // 4) & (j <= i + 3), "chunked", {"chunk": 4, "causal": True, "offset": 3}
     ),
+    "chunk, shifted by more": (lambda i, j: (i + 6) // 4 == j // 4, "chunked", {"chunk": 4, "offset": 6}),
+    "chunk, shifted by less": (lambda i, j: j // 4 == (i - 5) // 4, "chunked", {"chunk": 4, "offset": -5}),
     "length": (lambda i, j: j < 4, "length", {"kv_len": 4}),
     "length, the tightest": (lambda i, j: (j <= 4) & (j < 3), "length", {"kv_len": 3}),
     "causal and length": (lambda i, j: (j <= i) & (j < 4), "causal+length", {"causal": True, "kv_len": 4}),
@@ -228,6 +230,11 @@ def test_one_query() -> None:
     mask = explain_masks(traced.terms, None, traced.t, {traced.b})
     assert mask.describe() == "length" and not mask.causal
     assert mask.kv_len is not None and mask.kv_len.const == 1 and len(mask.kv_len.terms) == 1
+    traced = trace(lambda i, j, n: (j <= n) & (j < 3), torch.tensor(5), sizes=(1, 1, 8))
+    assert explain_masks(traced.terms, None, traced.t, {traced.b}).describe() == "dense"  # which one is less?
+    traced = trace(lambda i, j: (j <= i + 5) & (j < 3), sizes=(1, 1, 8))
+    mask = explain_masks(traced.terms, None, traced.t, {traced.b})
+    assert (mask.describe(), mask.kv_len) == ("length", Index(None, 3))
     traced = trace(lambda i, j, n: (j <= n) & (j > n - 4), torch.tensor(5), sizes=(1, 1, 8))
     mask = explain_masks(traced.terms, None, traced.t, {traced.b})
     assert (mask.describe(), mask.causal, mask.window_left) == ("window", True, 3)
@@ -248,6 +255,8 @@ def test_padding() -> None:
     # What is given per query and key, or per query, is no padding of the keys.
     assert proved(lambda i, j, p: p, torch.rand(B, S, T) < 0.6).describe() == "dense"
     assert proved(lambda i, j, p: p[:, :, None], real).describe() == "dense"
+    # Nor is a switch for a whole batch.
+    assert proved(lambda i, j, on: on[:, None, None] & (j <= i), torch.tensor([True, False])).describe() == "dense"
 
 
 # ------------------------------------------------------------------ packed sequences
@@ -311,13 +320,14 @@ NEAR_MISSES: dict[str, Callable[[Tensor], Tensor]] = {
     "steps of two": lambda p: same((p.diff(dim=-1, prepend=p[:, :1] - 1) != 2).cumsum(-1)) & ordered(p),
     "no element in front": lambda p: same(ids_of(p, 0)) & ordered(p[:, :-1]),
     "two elements in front": lambda p: same(ids_of(p, 2)[:, :8]) & ordered(p),
-    "second differences": lambda p: same((p.diff(2, dim=-1, prepend=p[:, :2]) != 1).cumsum(-1)) & ordered(p),
+    "second differences": lambda p: same((p.diff(2, dim=-1, prepend=p[:, :1]) != 1).cumsum(-1)) & ordered(p[:, :-1]),
     "along the batch": lambda p: same((p.diff(dim=0, prepend=p[:1] - 1) != 1).cumsum(-1)) & ordered(p),
     "summed along the batch": lambda p: same((p.diff(dim=-1, prepend=p[:, :1] - 1) != 1).cumsum(0)) & ordered(p),
     "ids of other positions": lambda p: same(ids_of(p * 1 + p.flip(1))) & ordered(p),
     "ids of shifted positions": lambda p: same(ids_of(p[:, 2:])) & ordered(p[:, :6]),
     "ids of one row for all": lambda p: same(ids := ids_of(p), ids[:1].expand(2, -1)) & ordered(p, p[:1].expand(2, -1)),
-    "positions of one row for all": lambda p: same(ids_of(p)) & ordered(p[:1].expand(2, -1)),
+    "positions of one row for queries": lambda p: same(ids_of(p)) & ordered(p[:1].expand(2, -1), p),
+    "positions of one row for keys": lambda p: same(ids_of(p)) & ordered(p, p[:1].expand(2, -1)),
     "equal where they go on": lambda p: same((p.diff(dim=-1, prepend=p[:, :1] - 1) == 1).cumsum(-1)) & ordered(p),
     "not segments": lambda p: ~same(ids_of(p)) & ordered(p),
 }  # fmt: skip
@@ -353,6 +363,8 @@ DENSE: dict[str, Callable[..., Any]] = {
     "chunk at another place than causal": lambda i, j: ((i + 1) // 4 == j // 4) & (j <= i),
     "chunk of twice the index": lambda i, j: (2 * i + 1) // 4 == j // 4,
     "twice the index": lambda i, j: j <= 2 * i,
+    "twice both indices": lambda i, j: 2 * j <= 2 * i + 3,
+    "twice the key": lambda i, j: 2 * j <= 5,
     "half the index": lambda i, j: j <= i // 2,
     "another chunk": lambda i, j: i // 4 != j // 4,
     "never": lambda i, j: j < 0,

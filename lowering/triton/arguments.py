@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,16 +73,27 @@ def device_guard(q: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def split_head_dim(size: int) -> tuple[int, int]:
+@cache
+def split_head_dim(size: int, aligned: bool = True) -> tuple[int, int]:
     """Widths (powers of two, the second may be 0) of the tiles that hold a head of this size: 80 is 64 + 16.
 
-    Tensor cores need at least 16 columns. Two tiles that add up to a power of two are better as one.
+    Tensor cores need at least 16 columns. Two tiles that add up to a power of two are better as one. So are those
+    whose rows are not aligned: Triton 3.6 does not pipeline such loads, and then computes two products with tiles in
+    registers and shared memory wrongly on Hopper (seen with 40 = 32 + 16 and 72 = 64 + 16).
     """
-    main = max(16, 1 << (size.bit_length() - 1))
-    if main >= size:
-        return main, 0
-    rest = max(16, 1 << (size - main - 1).bit_length())
-    return (2 * main, 0) if rest >= main else (main, rest)
+    padded = max(16, 1 << (size - 1).bit_length())
+    main = padded if padded == size else padded // 2
+    rest = 0 if padded == size else max(16, 1 << (size - main - 1).bit_length())
+    return (main, rest) if aligned and rest < main else (padded, 0)
+
+
+def _row_tiles(t: Tensor) -> tuple[int, int]:
+    """`split_head_dim` of a tensor's rows; they are aligned where Triton can know it."""
+    size = t.shape[3]
+    if not split_head_dim(size)[1]:
+        return split_head_dim(size)
+    b, h, row, col = t.stride()
+    return split_head_dim(size, col == 1 and not (b % 16 or h % 16 or row % 16 or t.data_ptr() % 16))
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, empty_rows: str) -> None:
@@ -92,9 +104,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, empty_rows: str) -> None:
         raise ValueError(f"sm12x::attention: empty_rows={empty_rows!r}, not one of {tuple(EMPTY_CODES)}")
 
 
-def wide(*tensors: Tensor) -> bool:
-    """Whether offsets inside a tile (at most 256 rows or columns) overflow int32."""
-    return any(abs(t.stride(2)) + abs(t.stride(3)) >= 1 << 23 for t in tensors)
+def _is_wide(a: dict[str, Any]) -> bool:
+    """Whether offsets inside a tile (at most 256 rows and columns) may overflow int32."""
+    rows = max(abs(a["stride_qs"]), abs(a["stride_kt"]), abs(a["stride_vt"]))
+    cols = max(abs(a["stride_qd"]), abs(a["stride_kd"]), abs(a["stride_vd"]))
+    return rows + cols >= 1 << 23
 
 
 def operands(
@@ -150,14 +164,14 @@ def operands(
     a["softcap"] = float(softcap) if softcap else None
     a["GROUP"] = Hq // k.shape[1]
     a["D"], a["DV"] = D, DV
-    a["D_MAIN"], a["D_REST"] = split_head_dim(D)
-    a["DV_MAIN"], a["DV_REST"] = split_head_dim(DV)
+    a["D_MAIN"], a["D_REST"] = _row_tiles(k)
+    a["DV_MAIN"], a["DV_REST"] = _row_tiles(v)
     a["CAUSAL"] = bool(causal)
     a["BIAS"] = kind
     a["NATURAL"] = natural
     a["EMPTY"] = EMPTY_CODES[empty_rows]
     a["IEEE"] = q.dtype == torch.float32
-    a["WIDE"] = wide(q, k, v)
+    a["WIDE"] = _is_wide(a)
     return a
 
 

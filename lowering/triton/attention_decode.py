@@ -44,15 +44,14 @@ def decode_launch(
     a["splits"] = splits
     a["KV_HEADS"] = Hkv
     a["BLOCK_R"], a["BLOCK_N"] = tiles.block_r, tiles.block_n
-    a["partial"] = a["state"] = None
+    a["partial"] = None
     grid = (B * Hkv, splits, -(-S * (Hq // Hkv) // tiles.block_r))
     if splits == 1:
         return out, a, grid, None
     rows = B * Hq * S
-    a["partial"] = q.new_empty((rows, splits, DV), dtype=torch.float32)
-    a["state"] = q.new_empty((rows, splits, 2), dtype=torch.float32)
+    a["partial"] = q.new_empty(rows * splits * (DV + 2), dtype=torch.float32)
     shared = (
-        "partial", "state", "out", "v", "stride_ob", "stride_os", "stride_oh", "stride_vb", "stride_vh",
+        "partial", "out", "v", "stride_ob", "stride_os", "stride_oh", "stride_vb", "stride_vh",
         "stride_vt", "stride_vd", "S", "T", "splits", "sinks", "stride_sink", "GROUP", "DV", "NATURAL", "EMPTY",
         "WIDE", "BLOCK_N",
     )  # fmt: skip

@@ -28,7 +28,7 @@ from .attention_parts import (
 
 @triton.jit(do_not_specialize=["S", "T", "q_shift", "splits"])
 def decode_kernel(
-    q, k, v, out, partial, state,
+    q, k, v, out, partial,
     stride_qb, stride_qh, stride_qs, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -47,8 +47,8 @@ def decode_kernel(
 ):  # fmt: skip
     """Grid (B * KV_HEADS, splits, cdiv(S * GROUP, BLOCK_R)).
 
-    partial: fp32 ``[B, Hq, S, splits, DV]``, values not yet divided; state: fp32 ``[B, Hq, S, splits, 2]``, their
-    running maximum and sum. Both are None if there is one split, and `out` is written at once.
+    partial: fp32 ``[B, Hq, S, splits, DV]``, values not yet divided, and behind it ``[B, Hq, S, splits, 2]``, their
+    running maximum and sum. None if there is one split, and `out` is written at once.
     """
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
     bh = tl.program_id(0)
@@ -132,6 +132,7 @@ def decode_kernel(
             acc_rest = accumulate(acc_rest * alpha[:, None], p, v_rest, IEEE)
 
     if partial is not None:
+        state = partial + tl.num_programs(0).to(tl.int64) * GROUP * S * splits * DV
         slot = ((b * KV_HEADS * GROUP + h) * S + s) * splits + split
         tl.store(state + 2 * slot, m, mask=valid)
         tl.store(state + 2 * slot + 1, l, mask=valid)
@@ -162,7 +163,7 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize=["S", "T", "splits"])
 def combine_kernel(
-    partial, state, out, v, stride_ob, stride_os, stride_oh, stride_vb, stride_vh, stride_vt, stride_vd,
+    partial, out, v, stride_ob, stride_os, stride_oh, stride_vb, stride_vh, stride_vt, stride_vd,
     S, T, splits, sinks, stride_sink,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
     NATURAL: tl.constexpr, EMPTY: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -174,7 +175,7 @@ def combine_kernel(
     s = row % S
     h = row // S % HEADS
     b = row // S // HEADS
-    state += row * splits * 2
+    state = partial + tl.num_programs(0).to(tl.int64) * splits * DV + row * splits * 2
     partial += row * splits * DV
     every = tl.arange(0, SPLITS_PAD)
     m = tl.max(tl.load(state + 2 * every, mask=every < splits, other=float("-inf")), 0)

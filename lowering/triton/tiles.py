@@ -8,6 +8,7 @@ their usual masks spill nothing inside a loop (tests/lowering/test_tiles.py). Th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -103,6 +104,7 @@ def decode_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype,
     return DecodeTiles(64, 16 if wide else 32, 4, stages)
 
 
+@lru_cache(maxsize=4096)
 def decode_splits(arch: Arch, tiles: DecodeTiles, groups: int, keys: int) -> int:
     """Splits of the keys, for this many programs a split (batches x KV heads x row blocks).
 
@@ -113,9 +115,10 @@ def decode_splits(arch: Arch, tiles: DecodeTiles, groups: int, keys: int) -> int
     if keys <= 4 * tiles.block_n:
         return 1
     resident = 2 * arch.sm_count
-    most = max(1, min(MAX_SPLITS, -(-keys // (2 * tiles.block_n)), resident // max(1, min(groups, resident)) * 8))
-    waves = {s: -(-groups * s // resident) / s for s in range(1, most + 1)}
-    return next(s for s in waves if waves[s] <= 1.05 * min(waves.values()))
+    most = min(MAX_SPLITS, -(-keys // (2 * tiles.block_n)), 8 * max(1, resident // groups))
+    waves = [-(-groups * s // resident) / s for s in range(1, most + 1)]
+    enough = 1.05 * min(waves)
+    return 1 + next(i for i, w in enumerate(waves) if w <= enough)
 
 
 MAX_SPLITS = 64

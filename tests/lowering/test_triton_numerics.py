@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sm12x_compile.lowering.triton.tiles import DecodeTiles, Tiles
+from sm12x_compile.arch import Arch, by_name, of_device
+from sm12x_compile.lowering.triton.tiles import DecodeTiles, Tiles, decode_tiles, prefill_tiles
 from sm12x_compile.ops.attention import attention
 
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -85,12 +86,13 @@ MASKS = [
 ]  # fmt: skip
 HEADS = [
     Case(f"head dims {d} and {dv}", S=19, T=37, D=d, DV=dv, causal=True, q_shift=18)
-    for d, dv in [(d, d) for d in (8, 32, 40, 80, 96, 192, 256)] + [(72, 40), (64, 128), (192, 128)]
+    for d, dv in [(d, d) for d in (8, 32, 40, 48, 72, 80, 96, 112, 192, 256)] + [(72, 40), (64, 128), (192, 128)]
 ]
 SHAPES = [Case(f"S {s}, T {t}", S=s, T=t, causal=True, q_shift=t - s) for s in (1, 7, 63, 65) for t in (1, 7, 63, 65)]
 STRIDES = [
     Case("[B, S, H, D] in memory", layout="bshd", causal=True),
     Case("strided last dim", layout="bhds", causal=True),
+    Case("[B, S, H, D], rows not aligned", layout="bshd", causal=True, D=40, Hq=6, Hkv=3),
     Case("one KV head expanded", layout="expanded", causal=True),
     Case("keys far apart", layout="far", S=2, T=3),
     Case("16 heads a KV head", B=1, Hq=16, Hkv=1, S=5, causal=True, q_shift=60),
@@ -187,26 +189,43 @@ def run(request: pytest.FixtureRequest) -> Runner:
     return interpreted
 
 
-def dtypes_on(run: Runner) -> list[torch.dtype]:
-    return [torch.float32] if run.device == "cpu" else [torch.float32, torch.float16, torch.bfloat16]  # type: ignore[attr-defined]
+# Small tiles, so that small shapes have left edges, middles and right edges. A GPU also gets the tiles that the
+# entry points would choose, at sizes that fill them.
+SMALL, SMALL_DECODE = Tiles(32, 16, 4, 2), DecodeTiles(16, 16, 4, 2)
+
+
+def variants(case: Case, run: Runner, small: Any, chosen: Callable[[Arch, Case, torch.dtype], Any]) -> Iterator[Any]:
+    """Cases, dtypes and tiles for a device."""
+    if run.device == "cpu":  # type: ignore[attr-defined]
+        yield case, torch.float32, small
+        return
+    large = replace(case, S=case.S * 5 if case.S > 5 else case.S, T=case.T * 5)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        yield case, dtype, small
+        for card in (of_device(0), by_name("rtx5090")):
+            yield large if case in MASKS + HEADS else case, dtype, chosen(card, case, dtype)
 
 
 @named(EVERY)
 def test_prefill(case: Case, run: Runner) -> None:
-    # Small tiles, so that small shapes have left edges, middles and right edges.
-    for dtype in dtypes_on(run):
-        q, k, v, scale, masks = inputs(case, dtype, run.device)  # type: ignore[attr-defined]
-        tiles = Tiles(32, 16, 4, 2)
-        check(run(PREFILL, "run_prefill", tiles, q, k, v, scale, **masks), expected(q, k, v, scale, masks), dtype)
+    def chosen(card: Arch, case: Case, dtype: torch.dtype) -> Tiles:
+        has_bias = any(name.startswith(("bias", "keep")) for name in case.tensors)
+        return prefill_tiles(card, case.D, case.DV or case.D, dtype, has_bias)
+
+    for variant, dtype, tiles in variants(case, run, SMALL, chosen):
+        q, k, v, scale, masks = inputs(variant, dtype, run.device)  # type: ignore[attr-defined]
+        out = run(PREFILL, "run_prefill", tiles, q, k, v, scale, **masks)
+        check(out, expected(q, k, v, scale, masks), dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@named([c for c in EVERY if c not in SHAPES or c.S <= 7])
+@named([replace(c, S=min(c.S, 5)) for c in EVERY if c not in SHAPES or c.S <= 7])
 def test_decode(case: Case, splits: int, run: Runner) -> None:
-    case = replace(case, S=min(case.S, 5))
-    for dtype in dtypes_on(run):
-        q, k, v, scale, masks = inputs(case, dtype, run.device)  # type: ignore[attr-defined]
-        tiles = DecodeTiles(16, 16, 4, 2)
+    def chosen(card: Arch, case: Case, dtype: torch.dtype) -> DecodeTiles:
+        return decode_tiles(card, case.D, case.DV or case.D, dtype, case.S * case.Hq // case.Hkv)
+
+    for variant, dtype, tiles in variants(case, run, SMALL_DECODE, chosen):
+        q, k, v, scale, masks = inputs(variant, dtype, run.device)  # type: ignore[attr-defined]
         out = run(DECODE, "run_decode", tiles, splits, q, k, v, scale, **masks)
         check(out, expected(q, k, v, scale, masks), dtype)
 

@@ -135,7 +135,8 @@ def fitted(spec: Spec) -> Spec:
         spec = replace(spec, softmax="by_hand")
     if spec.sinks == "column" and spec.softmax in ("after_values",):
         spec = replace(spec, softmax="method")
-    if spec.has("sum_of_queries") and spec.softmax == "after_values":
+    other_rows = {"sum_of_queries", "softmax_queries", "softmax_heads"}
+    if other_rows & set(spec.mutations) and spec.softmax == "after_values":
         spec = replace(spec, softmax="by_hand")
     if spec.has("large_scores") and spec.softmax == "by_hand_unshifted":
         # Eager's exp overflows there; a NaN that is avoided is no wrong answer.

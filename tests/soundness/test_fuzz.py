@@ -179,6 +179,7 @@ REMEMBERED = [
     Spec(G=2, S=7, masks=("causal_arange",), fill="add_finfo", softmax="logsumexp", bias="heads"),
     Spec(S=7, masks=("band",), fill="add_finfo", softmax="logsumexp"),
     Spec(S=1, T=7, masks=("lengths",), fill="1e9", mutations=("everything_masked",)),
+    Spec(Hkv=1, S=3, masks=("causal_tril",), fill="1e9", mutations=("mask_inverted",)),
     Spec(fill="finfo", softmax="log_softmax", mutations=("everything_masked",)),
     # A maximum over the wrong dimension cancels the mask's number.
     Spec(B=1, Hkv=1, G=2, S=7, T=7, D=8, Dv=8, dtype="float32", layout="fused", masks=("causal_arange", "packed"),

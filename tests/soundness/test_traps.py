@@ -11,13 +11,11 @@ import sm12x_compile
 
 from .trapping import (
     SelfAttention,
-    assert_same,
     attend,
     attention_count,
     causal,
     check,
     compiled,
-    everything,
     heads,
 )
 
@@ -375,33 +373,3 @@ def test_hook_that_keeps_the_weights():
     torch.testing.assert_close(out, expected)
     assert len(seen) == 2
     torch.testing.assert_close(seen[1], seen[0])
-
-
-# Random numbers
-
-
-def test_dropout_in_training_follows_the_generator():
-    class Dropped(nn.Module):
-        def forward(self, q, k, v):
-            weights = F.dropout((q @ k.mT).softmax(-1), 0.5, training=self.training)
-            return weights @ v
-
-    model = Dropped().train()
-    torch._dynamo.reset()
-    expected = everything(model, [heads(), heads()], model)
-    with sm12x_compile.collect() as report:
-        assert_same(everything(compiled(model), [heads(), heads()], model), expected)
-    assert attention_count(report) == 0
-
-
-def test_sdpa_dropout_is_left():
-    check(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), heads(), sites=0)
-
-
-def test_random_ops_around_an_attention():
-    def function(q, k, v):
-        noise = torch.rand(q.shape[2], k.shape[2])
-        out = attend(q + torch.randn_like(q), k, v, noise < 0.9)
-        return out + torch.rand_like(out)
-
-    check(function, heads(), heads(seed=1))
