@@ -130,6 +130,8 @@ def find_weighted_sum(anchor: Node) -> WeightedSum | Refusal | None:
         if isinstance(found, Refusal):
             return found
         element, dim, sinks, columns = found
+        if not summed:
+            return Refusal("there is only one key", top)
         if len(summed) != 1:
             return Refusal("the weights are summed over several dimensions at once", top)
         return _assemble(anchor, top, out, summed[0], element, dim, sinks, value, columns)

@@ -226,7 +226,7 @@ def _refuse_unsupported(gm: GraphModule) -> None:
             if "autocast" in name:
                 raise NotNormalizable("contains an autocast region; convert the model: model.to(torch.bfloat16)")
             if "vmap" in name or "_functorch" in module:
-                raise NotNormalizable(f"contains code under torch.vmap or another functorch transform ({name})")
+                raise NotNormalizable("contains code under torch.vmap or another functorch transform")
     for node in gm.graph.find_nodes(op="placeholder"):
         value = example_value(node)
         if isinstance(value, torch.Tensor) and torch.utils._python_dispatch.is_traceable_wrapper_subclass(value):

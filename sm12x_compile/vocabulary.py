@@ -12,7 +12,7 @@ aten = torch.ops.aten
 _SYNONYMS = {
     "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "negative": "neg",
     "greater": "gt", "greater_equal": "ge", "less": "lt", "less_equal": "le", "not_equal": "ne",
-    "concat": "cat", "concatenate": "cat", "absolute": "abs", "swapaxes": "transpose", "clip": "clamp",
+    "concat": "cat", "concatenate": "cat", "absolute": "abs", "clip": "clamp", "linalg_matmul": "matmul",
 }  # fmt: skip
 
 _RENAMED = {

@@ -87,8 +87,8 @@ def split_head_dim(size: int, aligned: bool = True) -> tuple[int, int]:
     return (main, rest) if aligned and rest < main else (padded, 0)
 
 
-def _row_tiles(t: Tensor) -> tuple[int, int]:
-    """`split_head_dim` of a tensor's rows; they are aligned where Triton can know it."""
+def row_tiles(t: Tensor) -> tuple[int, int]:
+    """`split_head_dim` of the rows of k or v; they are aligned where Triton can know it."""
     size = t.shape[3]
     if not split_head_dim(size)[1]:
         return split_head_dim(size)
@@ -164,8 +164,8 @@ def operands(
     a["softcap"] = float(softcap) if softcap else None
     a["GROUP"] = Hq // k.shape[1]
     a["D"], a["DV"] = D, DV
-    a["D_MAIN"], a["D_REST"] = _row_tiles(k)
-    a["DV_MAIN"], a["DV_REST"] = _row_tiles(v)
+    a["D_MAIN"], a["D_REST"] = row_tiles(k)
+    a["DV_MAIN"], a["DV_REST"] = row_tiles(v)
     a["CAUSAL"] = bool(causal)
     a["BIAS"] = kind
     a["NATURAL"] = natural

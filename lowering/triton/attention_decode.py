@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import card_of, check, device_guard, operands, refusal
+from .arguments import card_of, check, device_guard, operands, refusal, row_tiles
 from .tiles import DecodeTiles, decode_splits, decode_tiles
 
 MAX_QUERIES = 16
@@ -82,7 +82,7 @@ def attention_decode(
     check(q, k, v, empty_rows)
     arch = card_of(q)
     rows = q.shape[2] * (q.shape[1] // k.shape[1])
-    tiles = decode_tiles(arch, q.shape[3], v.shape[3], q.dtype, rows)
+    tiles = decode_tiles(arch, sum(row_tiles(k)), sum(row_tiles(v)), q.dtype, rows)
     splits = decode_splits(arch, tiles, q.shape[0] * k.shape[1] * -(-rows // tiles.block_r), k.shape[2])
     return run_decode(
         tiles, splits, q, k, v, scale, causal, window_left, window_right, chunk, q_offset, q_shift, kv_len,

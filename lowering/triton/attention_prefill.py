@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import card_of, check, device_guard, operands, refusal
-from .tiles import Tiles, prefill_tiles
+from .arguments import card_of, check, device_guard, operands, refusal, row_tiles
+from .tiles import Tiles, prefill_tiles, spans_few_blocks
 
 
 def prefill_refusal(call: Call, arch: Arch) -> str | None:
@@ -37,6 +38,7 @@ def prefill_launch(
     a["stride_ob"], a["stride_os"], a["stride_oh"], _ = out.stride()
     a["HEADS"] = Hq
     a["BLOCK_M"], a["BLOCK_N"] = tiles.block_m, tiles.block_n
+    a["NARROW"] = spans_few_blocks(tiles, causal, window_left, window_right)
     return out, a, (B * Hq, -(-S // tiles.block_m))
 
 
@@ -56,7 +58,9 @@ def attention_prefill(
         ValueError: the shapes do not fit.
     """
     check(q, k, v, empty_rows)
-    tiles = prefill_tiles(card_of(q), q.shape[3], v.shape[3], q.dtype)
+    tiles = prefill_tiles(card_of(q), sum(row_tiles(k)), sum(row_tiles(v)), q.dtype, bias is not None)
+    if tiles.num_stages > 2 and spans_few_blocks(tiles, causal, window_left, window_right):
+        tiles = replace(tiles, num_stages=2)  # the run is too short to fill a deeper pipeline
     return run_prefill(
         tiles, q, k, v, scale, causal, window_left, window_right, chunk, q_offset, q_shift, kv_len, key_padding,
         q_segments, k_segments, bias, softcap, sinks, empty_rows, out_dtype,

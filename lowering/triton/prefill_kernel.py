@@ -117,12 +117,13 @@ def prefill_kernel(
     D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr,
     DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, NATURAL: tl.constexpr, EMPTY: tl.constexpr,
-    IEEE: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IEEE: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[b, s, h] = softmax over the allowed keys; grid (B * HEADS, cdiv(S, BLOCK_M)).
 
     NATURAL: scores are kept in natural units, because a bias near finfo.min would overflow in units of log 2;
     otherwise `scale` already holds log2(e) and scores become powers of two in one multiply-add.
+    NARROW: the window spans so few blocks that one masked run is faster than starting up three.
     """
     LEFT_EDGE: tl.constexpr = window_left is not None or chunk is not None
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
@@ -144,7 +145,7 @@ def prefill_kernel(
     left = lo // BLOCK_N * BLOCK_N
     left_end = left
     if LEFT_EDGE:
-        left_end = tl.maximum(left, tl.cdiv(inner_lo, BLOCK_N) * BLOCK_N)
+        left_end = tl.maximum(left, tl.cdiv(hi if NARROW else inner_lo, BLOCK_N) * BLOCK_N)
     middle_end = tl.maximum(left_end, tl.maximum(inner_hi, 0) // BLOCK_N * BLOCK_N)
 
     io_rows = tile_rows.to(tl.int64) if WIDE else tile_rows
@@ -180,18 +181,19 @@ def prefill_kernel(
             pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
             D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, LEFT, NATURAL, BIAS, IEEE, WIDE,
         )  # fmt: skip
-    acc, acc_rest, m, l = _attend(
-        acc, acc_rest, m, l, q_main, q_rest, left_end, middle_end, hi, row_lo, row_hi, q_seg, rows, S,
-        k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
-        pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
-        D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, INNER, NATURAL, BIAS, IEEE, WIDE,
-    )  # fmt: skip
-    acc, acc_rest, m, l = _attend(
-        acc, acc_rest, m, l, q_main, q_rest, middle_end, hi, hi, row_lo, row_hi, q_seg, rows, S,
-        k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
-        pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
-        D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, RIGHT, NATURAL, BIAS, IEEE, WIDE,
-    )  # fmt: skip
+    if not NARROW:
+        acc, acc_rest, m, l = _attend(
+            acc, acc_rest, m, l, q_main, q_rest, left_end, middle_end, hi, row_lo, row_hi, q_seg, rows, S,
+            k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
+            pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
+            D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, INNER, NATURAL, BIAS, IEEE, WIDE,
+        )  # fmt: skip
+        acc, acc_rest, m, l = _attend(
+            acc, acc_rest, m, l, q_main, q_rest, middle_end, hi, hi, row_lo, row_hi, q_seg, rows, S,
+            k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
+            pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
+            D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, RIGHT, NATURAL, BIAS, IEEE, WIDE,
+        )  # fmt: skip
 
     sink = 0.0
     if sinks is not None:

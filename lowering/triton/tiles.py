@@ -52,9 +52,6 @@ SM12X: Table = (
     (256, 256, Tiles(64, 32, 8, 2)),
 )
 HOPPER: Table = (
-    (64, 64, Tiles(64, 64, 4, 3)),
-    (80, 80, Tiles(64, 64, 4, 3, 160)),
-    (96, 96, Tiles(128, 64, 8, 2, 128)),
     (128, 128, Tiles(64, 64, 4, 3)),
     (192, 128, Tiles(128, 32, 8, 3, 128)),
     (192, 192, Tiles(64, 32, 4, 3)),
@@ -74,13 +71,17 @@ FP32: Table = (
 )
 
 
-def prefill_tiles(
-    arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, bias: bool = False
-) -> Tiles:
+def prefill_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, bias: bool = False) -> Tiles:
     """Tiles of the prefill kernel. A bias, which is a tile of its own, halves the keys."""
     width, v_width = sum(split_head_dim(head_dim)), sum(split_head_dim(v_head_dim))
     tiles = next(t for w, v, t in _prefill_table(arch, dtype) if width <= w and v_width <= v)
     return replace(tiles, block_n=tiles.block_n // 2) if bias and tiles.block_n > 16 else tiles
+
+
+def spans_few_blocks(tiles: Tiles, causal: bool, window_left: int | None, window_right: int | None) -> bool:
+    """Whether a window is so narrow that one masked run over its blocks beats separate edges and middle."""
+    right = 0 if causal else window_right
+    return window_left is not None and right is not None and window_left + right <= 4 * tiles.block_n
 
 
 def _prefill_table(arch: Arch, dtype: torch.dtype) -> Table:

@@ -179,9 +179,7 @@ def test_split_head_dim_covers_the_head(size: int) -> None:
     assert main + rest <= max(16, 1 << (size - 1).bit_length())
 
 
-@given(
-    st.sampled_from(GPUS), st.sampled_from([16, 32, 64]), st.integers(1, 5000), st.integers(1, 1 << 20)
-)
+@given(st.sampled_from(GPUS), st.sampled_from([16, 32, 64]), st.integers(1, 5000), st.integers(1, 1 << 20))
 def test_splits_fill_the_card(card: Arch, block_n: int, groups: int, keys: int) -> None:
     splits = decode_splits(card, DecodeTiles(16, block_n, 4, 2), groups, keys)
     assert 1 <= splits <= MAX_SPLITS
