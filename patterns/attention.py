@@ -82,7 +82,7 @@ def _from_softmax(anchor: Node) -> Problem | Refusal | None:
     if not isinstance(found, WeightedSum):
         # A softmax that meets no values is a router or a loss, unless something before it looks like attention.
         return found if isinstance(found, Refusal) and _looks_like_attention(anchor) else None
-    scores = read_scores(found.scores, found.key)
+    scores = read_scores(found.scores, found.key, found.dtype)
     if isinstance(scores, Refusal):
         return scores if _looks_like_attention(anchor) else None
     sinks: list[Element] = []

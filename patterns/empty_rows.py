@@ -10,11 +10,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from sm12x_compile.masks import MaskTerm, StructuredMask, explain_masks
 from sm12x_compile.match import Refusal
 
 from .roles import Problem, Roles
 from .scores import ABSORBING
+
+
+def _absorbs(term: MaskTerm) -> bool:
+    """Whether adding the drop value leaves nothing of a score: in float16 the least number takes all below 16."""
+    half = term.source.node.meta["val"].dtype == torch.float16 and term.drop_value <= torch.finfo(torch.float16).min
+    return term.drop_value <= ABSORBING or half
 
 
 def settle_masks(problem: Problem, roles: Roles) -> tuple[StructuredMask, str] | Refusal:
@@ -35,9 +43,9 @@ def settle_masks(problem: Problem, roles: Roles) -> tuple[StructuredMask, str] |
     same = len({m.drop_value for m in masks}) == 1
     if same and all(m.filled for m in masks):
         return replace(mask, dense=tuple(replace(m, as_bool=True) for m in mask.dense)), "mean"
-    if len(masks) == 1 and masks[0].drop_value <= ABSORBING:
+    if len(masks) == 1 and _absorbs(masks[0]):
         return mask, "mean"
-    if any(m.filled and m.drop_value > ABSORBING for m in finite):
+    if any(m.filled and not _absorbs(m) for m in finite):
         return Refusal("masks of different kinds meet; a query with no key would get something else", problem.node)
     rest = explain(tuple(m for m in masks if not math.isfinite(m.drop_value)))
     return replace(rest, dense=(*rest.dense, *finite)), plain

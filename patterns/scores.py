@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import Node
 
 from sm12x_compile.index_algebra import Apply, Element, Expr, Index, Number, Reduce, Var, look, step
@@ -52,11 +53,21 @@ class _Reading:
     biases: tuple[tuple[Element, float], ...] = ()
     shifts: tuple[Expr, ...] = ()
     max_subtracted: bool = False
+    limit: float = math.inf
+
+    def within(self, dtype: torch.dtype | None) -> _Reading:
+        """Inside a cast to `dtype`: a number beyond its range becomes infinite on the way out."""
+        return self if dtype is None else replace(self, limit=min(self.limit, torch.finfo(dtype).max))
+
+    def drop_value(self, value: float, factor: float) -> float:
+        """What a masked score is at the softmax."""
+        dropped = value * factor
+        return -math.inf if dropped < -self.limit else dropped
 
 
-def read_scores(expr: Expr, key: Var) -> Scores | Refusal:
-    """Read the scores down to the product of q and k."""
-    return _read(expr, key, _Reading())
+def read_scores(expr: Expr, key: Var, dtype: torch.dtype | None = None) -> Scores | Refusal:
+    """Read the scores, of which the softmax is taken in `dtype`, down to the product of q and k."""
+    return _read(expr, key, _Reading().within(dtype))
 
 
 def read_sink(expr: Expr) -> tuple[Element, tuple[Expr, ...]] | Refusal:
@@ -150,6 +161,7 @@ def _read(expr: Expr, key: Var, outside: _Reading) -> Scores | Refusal:
         if op == "cast":
             if not keeps_numbers(expr):
                 return Refusal(f"the scores are cast to {expr.detail}", node)
+            outside = outside.within(expr.detail)
             expr = args[0]
         elif op == "neg":
             return Refusal("the scores are negated", node)
@@ -227,7 +239,7 @@ def _terms(expr: Expr, outside: _Reading, sign: float) -> _Reading | Refusal:
         return outside if math.isfinite(choice) else Refusal("an infinite constant is added to the scores")
     factor = outside.factor * sign
     if isinstance(choice, Choice) and element is not None:
-        term = _mask_term(choice, factor, element)
+        term = _mask_term(choice, factor, element, outside)
         if term is not None:
             return replace(outside, masks=(*outside.masks, term))
     value = expr
@@ -252,10 +264,11 @@ def _sums(expr: Expr) -> bool:
     return isinstance(inner, Apply) and inner.op == "add"
 
 
-def _mask_term(choice: Choice, factor: float, source: Element) -> MaskTerm | None:
-    keep, kept, dropped = choice.when, choice.if_true * factor, choice.if_false * factor
+def _mask_term(choice: Choice, factor: float, source: Element, outside: _Reading) -> MaskTerm | None:
+    keep, kept, dropped = choice.when, choice.if_true * factor, choice.if_false
     if kept != 0:
-        keep, kept, dropped = negate(keep), dropped, kept
+        keep, kept, dropped = negate(keep), choice.if_false * factor, choice.if_true
+    dropped = outside.drop_value(dropped, factor)
     if kept != 0 or math.isnan(dropped) or dropped > MASKED_BELOW:
         return None
     return MaskTerm(keep, dropped, source)
@@ -273,7 +286,7 @@ def _filled(args: Sequence[Expr], outside: _Reading, node: Node | None) -> tuple
             continue
         if when == TRUE or not isinstance(condition, Element):
             return Refusal("the mask of the scores is constant", node)
-        dropped = value * outside.factor
+        dropped = outside.drop_value(value, outside.factor)
         if math.isnan(dropped) or dropped > MASKED_BELOW:
             return Refusal(f"masked scores are set to {value:g}, which is not low enough to be a mask", node)
         if when is None:

@@ -55,6 +55,7 @@ class WeightedSum:
         value: the element of v at t.
         rows: the index along the scores' dimension before the softmax one: most likely the query.
         form: ``softmax`` or ``exp``.
+        dtype: the one that the softmax casts to, if any.
         stable: whether torch's own softmax subtracts the greatest score; by hand, the scores must.
     """
 
@@ -67,6 +68,7 @@ class WeightedSum:
     rows: Index | None
     form: str
     stable: bool
+    dtype: torch.dtype | None
 
 
 def fresh_index(node: Node) -> tuple[Index, ...]:
@@ -168,7 +170,15 @@ def _assemble(
         return Refusal("the weights are shifted along the keys", top)
     rows = next((index[d] for d in range(dim - 1, -1, -1)), None) if dim else None
     stable = form == "softmax" or operand(anchor).target is aten.log_softmax.int
-    return WeightedSum(top, out, key, at(along), sinks, value, rows, form, stable)
+    return WeightedSum(top, out, key, at(along), sinks, value, rows, form, stable, _cast_to(anchor))
+
+
+def _cast_to(anchor: Node) -> torch.dtype | None:
+    """The `dtype` of a softmax or log_softmax."""
+    for node in (anchor, operand(anchor)):
+        if node.target in (aten.softmax.int, aten.log_softmax.int):
+            return argument(node, 2, "dtype")
+    return None
 
 
 def _spare_column(size: Size, key: Var, along: Index) -> Index | None:

@@ -14,12 +14,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from sm12x_compile.arrange import CannotArrange
 from sm12x_compile.graph_view import GraphView
-from sm12x_compile.index_algebra import Datum, Element, FloorDiv, Index, Mod, Size, Var, size_of
+from sm12x_compile.index_algebra import Datum, Element, Index, Mod, Size, Var, size_of
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten.reshape.default, aten.permute.default, aten.slice.Tensor, aten.select.int,
@@ -40,9 +42,18 @@ class Arranged:
         return [n.target for n in self.added]
 
 
-def graph_of(*inputs: Tensor, function: Callable[..., Any] | None = None, symbolic: bool = False) -> GraphModule:
-    mode = "symbolic" if symbolic else "fake"
-    return make_fx(function or (lambda *x: x[0]), pre_dispatch=True, tracing_mode=mode)(*inputs)
+def graph_of(
+    *inputs: Tensor, function: Callable[..., Any] = lambda *x: x[0], dynamic: Sequence[int] = ()
+) -> GraphModule:
+    """The traced function; sizes in `dynamic` (dimensions of every input) are symbols."""
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+
+        def fake(x: Tensor) -> Tensor:
+            kinds = [DimDynamic.DYNAMIC if k in dynamic else DimDynamic.STATIC for k in range(x.dim())]
+            context: Any = StatelessSymbolicContext(kinds)
+            return mode.from_tensor(x, symbolic_context=context)
+
+        return make_fx(function, pre_dispatch=True)(*map(fake, inputs))
 
 
 def arranged(
@@ -94,8 +105,9 @@ def check(
         found = found.expand(wanted.shape)
     assert torch.equal(found, wanted)
     assert set(result.ops) <= VIEWS, result.ops
-    value = result.node.meta["val"]
-    assert (tuple(value.shape), value.stride()) == (tuple(result(x).shape), result(x).stride())
+    value, real = result.node.meta["val"], result(x)
+    assert value.shape == real.shape
+    assert all(a == b for n, a, b in zip(real.shape, value.stride(), real.stride(), strict=True) if n > 1)
     return result
 
 
@@ -115,7 +127,7 @@ class Piece:
 def layouts(draw: Any) -> tuple[tuple[int, ...], list[Index], list[list[Var]]]:
     """A source shape, the index of an element of it, and the groups it is to be laid out in."""
     count = draw(st.integers(1, 5))
-    variables = [Var(f"v{k}", draw(st.integers(1, 3))) for k in range(count)]
+    variables = [Var(f"v{k}", draw(st.integers(2, 3))) for k in range(count)]
     absent = set(draw(st.lists(st.sampled_from(variables), max_size=2, unique=True)))
     present = draw(st.permutations([v for v in variables if v not in absent]))
     shape: list[int] = []
@@ -141,7 +153,7 @@ def layouts(draw: Any) -> tuple[tuple[int, ...], list[Index], list[list[Var]]]:
     return tuple(shape), index, groups
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(layout=layouts(), strides=st.randoms(use_true_random=False), expand=st.booleans())
 def test_random_layouts(layout: Any, strides: Any, expand: bool) -> None:
     """Fused, sliced and permuted dimensions, broadcast variables, empty groups; a source of any strides."""
@@ -206,7 +218,7 @@ def test_broadcast_in_a_part_of_a_group_is_expanded_anyway() -> None:
 
 def test_symbolic_sizes() -> None:
     """One graph, laid out once, right for other lengths."""
-    gm = graph_of(torch.randn(3, 7, 24), symbolic=True)
+    gm = graph_of(torch.randn(3, 7, 24), dynamic=(0, 1))
     node = first_input(gm)
     sizes = [size_of(s) for s in node.meta["val"].shape]
     assert not isinstance(sizes[1], int)
@@ -220,7 +232,7 @@ def test_symbolic_sizes() -> None:
 
 def test_symbolic_strides() -> None:
     """Tokens in one dimension, ``S*b + s``, with S known to the run only."""
-    gm = graph_of(torch.randn(3, 7, 4), function=lambda x: x.reshape(x.shape[0] * x.shape[1], 4), symbolic=True)
+    gm = graph_of(torch.randn(3, 7, 4), function=lambda x: x.reshape(x.shape[0] * x.shape[1], 4), dynamic=(0, 1))
     source = first_input(gm)
     batch, length = (size_of(s) for s in source.meta["val"].shape[:2])
     tokens = next(n for n in gm.graph.nodes if n.target is aten.view.default)
@@ -232,14 +244,14 @@ def test_symbolic_strides() -> None:
 
 
 def test_sizes_are_computed_from_the_inputs() -> None:
-    gm = graph_of(torch.randn(3, 7), symbolic=True)
+    gm = graph_of(torch.randn(3, 7), dynamic=(0, 1))
     view = GraphView(gm)
     batch, length = (size_of(s) for s in first_input(gm).meta["val"].shape)
     output = gm.graph.output_node()
     with gm.graph.inserting_before(output):
         nodes = [view.size(batch * length - 1), view.size(length), view.size(2 * batch + 3)]
         assert view.size(5) == 5
-        with pytest.raises(CannotArrange, match="^no input of the graph tells the size u9$"):
+        with pytest.raises(CannotArrange, match=r"^no input of the graph tells the size u9$"):
             view.size(sympy.Symbol("u9", integer=True))
     output.args = (nodes,)
     gm.recompile()
@@ -265,8 +277,8 @@ def test_refusals() -> None:
     def of(v: Var) -> Index:
         return Index.of(v)
 
-    assert refusal(x, lambda i, j: ([of(i), of(j)], [[i]]), 4, 6) == "x_1[i, j] depends on more than [i]"
-    assert refusal(x, lambda i: ([of(i), of(i)], [[i]]), 4) == "x_1[i, i] uses an index twice"
+    assert refusal(x, lambda i, j: ([of(i), of(j)], [[i]]), 4, 6) == "arg0_1[i, j] depends on more than [i]"
+    assert refusal(x, lambda i: ([of(i), of(i)], [[i]]), 4) == "arg0_1[i, i] uses an index twice"
     assert refusal(x, lambda i, j: ([of(i), of(j).div(2)], [[i], [j]]), 4, 12) == "index (j div 2) is not affine"
     assert refusal(x, lambda i, j: ([of(i), Index({Mod(of(j), 6): 1})], [[i], [j]]), 4, 12) == (
         "index (j mod 6) is not affine"
@@ -287,4 +299,3 @@ def test_data_is_no_layout() -> None:
     element = Element(x, (Index.of(Datum(Element(picks, (Index.of(i),)))), Index.of(j)))
     with pytest.raises(CannotArrange, match="is not affine"):
         arranged(gm, element, [[i], [j]])
-    assert isinstance(next(iter(Index.of(i).div(3).terms or [FloorDiv(Index.of(i), 3)])), FloorDiv)
