@@ -154,6 +154,9 @@ def _bias(
                 zero = graph.call(aten.zeros.default, [], dtype=wide, device=part.meta["val"].device)
                 low = max(term.drop_value, torch.finfo(wide).min)
                 part = graph.call(aten.where.ScalarOther, part, zero, low)
+        elif term.drop_value == -math.inf:
+            # 0 where kept; what stands elsewhere may be finite here and infinite only at the softmax.
+            part = graph.call(aten.eq.Scalar, part, 0)
         if part.meta["val"].dtype == torch.bool:
             keep = part if keep is None else graph.call(aten.logical_and.default, keep, part)
         else:
@@ -170,7 +173,7 @@ def _restore(graph: GraphView, call: Node, problem: Problem, groups: list[tuple[
     present = [v for dim in dims for v in dim]
     if sorted(map(id, present)) != sorted(map(id, order)):
         raise CannotArrange("the result is not laid out by its indices")
-    if sorted(map(repr, dims)) == sorted(map(repr, groups)) and len(set(dims)) == len(dims):
+    if set(dims) == set(groups) and len(set(dims)) == len(dims) == len(groups):
         moves = [groups.index(dim) for dim in dims]  # whole dimensions change places
         return call if moves == sorted(moves) else graph.call(aten.permute.default, call, moves)
     node = call
