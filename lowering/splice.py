@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sm12x_compile.graph_view import GraphView, _is_view
+from sm12x_compile.graph_view import GraphView, is_view
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Kernel
 
@@ -95,7 +95,7 @@ def _writes(node: Node) -> bool:
 
 def _base(result: Any) -> Any:
     """The node whose memory the result is."""
-    while isinstance(result, Node) and _is_view(result):
+    while isinstance(result, Node) and is_view(result):
         result = result.args[0]
     return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import operator
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cached_property
@@ -9,11 +11,13 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .arrange import CannotArrange, arrange
 from .index_algebra import Element, Size, Var, same_size
+from .index_algebra.expr import args_of
 
 aten = torch.ops.aten
 
@@ -101,42 +105,74 @@ class GraphView:
     def replace(self, node: Node, value: Node) -> None:
         """Let `value` take the place of `node` for its readers, which may find it in other strides.
 
-        Views that no longer fit become reshapes. What the graph returns, and what random numbers are drawn for,
-        keeps the strides that it had: a user's `.view` after the graph and the order of random numbers hang on
-        them.
+        Views that no longer fit become reshapes. What the graph returns, what random numbers are drawn for, and
+        what ops of others read keeps the strides that it had: a user's `.view` after the graph, the order of
+        random numbers and kernels that were promised a contiguous tensor hang on them.
         """
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user is not value)
-        changed = {value: node.meta["val"]}
+        before = {value: node.meta["val"]}
+        while (minded := self._spread(value, before)) is not None:
+            self._restride(minded, before)
+
+    def _spread(self, value: Node, before: dict[Node, Any]) -> Node | None:
+        """Give every node behind `value` its new fake value.
+
+        Returns:
+            The first node whose strides changed although somebody minds.
+        """
+        for node, old in before.items():
+            if node is not value:
+                node.meta["val"] = old
         waiting = [value]
+        seen: set[Node] = set()
         while waiting:
-            here = waiting.pop()
-            if _same_strides(here.meta["val"], changed[here]):
+            node = heapq.heappop(waiting)  # in the order of the graph
+            if node in seen or node.op != "call_function" or node.target is aten.copy_.default:
                 continue
-            if any(_minds_strides(user) for user in here.users):
-                self._restride(here, changed)
+            seen.add(node)
+            if node is not value:
+                before.setdefault(node, node.meta["val"])
+                node.meta["val"] = self._revalued(node)
+            if _same_strides(node.meta["val"], before[node]):
                 continue
-            for user in list(here.users):
-                if user.op != "call_function" or user.target is aten.copy_.default:
-                    continue
-                changed.setdefault(user, user.meta["val"])
-                user.meta["val"] = self._revalued(user)
-                waiting.append(user)
+            if any(_minds_strides(user) or self._parts_from_its_base(user) for user in node.users):
+                return node
+            for user in node.users:
+                heapq.heappush(waiting, user)
+        return None
 
     def _revalued(self, user: Node) -> Any:
-        try:
-            return self.value(user)
-        except (RuntimeError, ValueError):
-            if user.target is not aten.view.default:
-                raise
+        if user.target is aten.view.default and not self._fits(user):
             user.target = aten.reshape.default
-            return self.value(user)
+        return self.value(user)
 
-    def _restride(self, node: Node, changed: dict[Node, Any]) -> None:
+    def _parts_from_its_base(self, user: Node) -> bool:
+        """Whether a view that the caller gets to see would have to become a copy."""
+        return user.target is aten.view.default and _is_returned(user) and not self._fits(user)
+
+    def _fits(self, view: Node) -> bool:
+        """Whether the strides of its source allow a view.
+
+        A fake tensor with dimensions of size 1 may say yes wrongly (torch 2.13), so a meta tensor is asked too.
+        """
+        source, shape = args_of(view)
+        value = source.meta["val"]
+        sizes = [_hint(s.meta["val"] if isinstance(s, Node) else s) for s in shape]
+        try:
+            self.value(view)
+            with _disable_current_modes():
+                strides = list(map(_hint, value.stride()))
+                torch.empty_strided(list(map(_hint, value.shape)), strides, device="meta").view(sizes)
+        except (RuntimeError, ValueError):
+            return False
+        return True
+
+    def _restride(self, node: Node, before: dict[Node, Any]) -> None:
         """Copy the tensor that `node` is a view of into the strides that it had, for all its readers."""
-        while _is_view(node) and node.args[0] in changed:
+        while is_view(node) and node.args[0] in before:
             node = node.args[0]  # type: ignore[assignment]
-        before = changed[node]
-        order = sorted(range(before.dim()), key=lambda k: (-_hint(before.stride(k)), k))
+        old = before[node]
+        order = sorted(range(old.dim()), key=lambda k: (-_hint(old.stride(k)), k))
         with self.graph.inserting_after(node):
             first = self.graph.call_function(aten.permute.default, (node, order))
         with self.graph.inserting_after(first):
@@ -149,22 +185,36 @@ class GraphView:
         for new in (first, dense, result):
             new.meta["val"] = self.value(new)
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not first)
-        # Downstream everything is as it was.
-        for user, value in changed.items():
-            if user is not node:
-                user.meta["val"] = value
+
+
+_READS_STRIDES = {
+    aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default, aten.sym_stride.int,
+    aten.sym_storage_offset.default,
+}  # fmt: skip
+_OURS = ("aten", "prims", "sm12x", "sm12x_kernels")
 
 
 def _minds_strides(user: Node) -> bool:
     if user.op == "output":
         return True
     target = user.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return random or target in _READS_STRIDES or target.namespace not in _OURS
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Whether a node's memory is that of its first argument."""
     target = node.target
+    if target is operator.getitem:
+        return isinstance(node.args[0], Node) and is_view(node.args[0])
     return isinstance(target, torch._ops.OpOverload) and (target.is_view or target is aten._unsafe_view.default)
+
+
+def _is_returned(node: Node) -> bool:
+    """Whether the graph returns the node or a view of it."""
+    return any(user.op == "output" or (is_view(user) and _is_returned(user)) for user in node.users)
 
 
 def _hint(size: Any) -> int:
@@ -173,6 +223,8 @@ def _hint(size: Any) -> int:
 
 def _same_strides(a: Any, b: Any) -> bool:
     """Whether two results are laid out alike; strides of dimensions of size 1 do not count."""
+    if isinstance(a, (tuple, list)):
+        return all(_same_strides(x, y) for x, y in zip(a, b, strict=True))
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return True
     pairs = zip(a.shape, a.stride(), b.stride(), strict=True)

@@ -153,7 +153,7 @@ def layouts(draw: Any) -> tuple[tuple[int, ...], list[Index], list[list[Var]]]:
     return tuple(shape), index, groups
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(layout=layouts(), strides=st.randoms(use_true_random=False), expand=st.booleans())
 def test_random_layouts(layout: Any, strides: Any, expand: bool) -> None:
     """Fused, sliced and permuted dimensions, broadcast variables, empty groups; a source of any strides."""
@@ -235,7 +235,7 @@ def test_symbolic_strides() -> None:
     gm = graph_of(torch.randn(3, 7, 4), function=lambda x: x.reshape(x.shape[0] * x.shape[1], 4), dynamic=(0, 1))
     source = first_input(gm)
     batch, length = (size_of(s) for s in source.meta["val"].shape[:2])
-    tokens = next(n for n in gm.graph.nodes if n.target is aten.view.default)
+    (tokens,) = gm.graph.output_node().all_input_nodes
     b, s, d = Var("b", batch), Var("s", length), Var("d", 4)
     element = Element(tokens, (Index.of(b) * length + Index.of(s), Index.of(d)))
     result = arranged(gm, element, [[s], [b], [d]])

@@ -101,7 +101,7 @@ def decode_kernel(
             x += product(q_rest, k_rest, IEEE)
         x = x * scale
         if softcap is not None:
-            x = cap_scores(x, softcap)
+            x = cap_scores(x, softcap, IEEE)
         keep = (t[None, :] >= row_lo[:, None]) & (t[None, :] < tl.minimum(row_hi, end)[:, None])
         if BIAS != 0:
             columns = bias + b * stride_bb + t.to(tl.int64)[None, :] * stride_bt

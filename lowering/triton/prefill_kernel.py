@@ -56,7 +56,7 @@ def _attend(acc, acc_rest, m, l, q, q_rest, start, end, stop, row_lo, row_hi, q_
         if NATURAL:
             x = x * scale
         if softcap is not None:
-            x = cap_scores(x, softcap)
+            x = cap_scores(x, softcap, IEEE)
         if BIAS != 0:
             pointers = bias_base + rows.to(tl.int64)[:, None] * stride_bs + (n + cols).to(tl.int64)[None, :] * stride_bt
             there = (rows < S)[:, None] & (cols < limit)[None, :]

@@ -157,8 +157,8 @@ def expected(q: Tensor, k: Tensor, v: Tensor, scale: float, masks: dict[str, Any
     return attention.reference(q.double(), k.double(), v.double(), scale, **exact)
 
 
-def check(out: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
-    assert out.shape == reference.shape
+def check(out: Tensor, reference: Tensor, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> None:
+    assert out.shape == reference.shape and out.dtype == (out_dtype or dtype)
     assert out.transpose(1, 2).is_contiguous()
     out = out.double()
     assert torch.equal(out.isnan(), reference.isnan())
@@ -250,9 +250,7 @@ def test_entry_points_choose_tiles_that_work(
 def test_out_dtype_and_wrong_arguments(module: str, function: str, run: Runner) -> None:
     q, k, v, scale, _ = inputs(Case("dtype", S=3), torch.float16, run.device)  # type: ignore[attr-defined]
     out = run(module, function, q, k, v, scale, out_dtype=torch.float32)
-    check(out, expected(q, k, v, scale, {}), torch.float16)
-    assert out.dtype == torch.float32
-    assert run(module, function, q, k, v, scale).dtype == torch.float16
+    check(out, expected(q, k, v, scale, {}), torch.float16, out_dtype=torch.float32)
     with pytest.raises((ValueError, AssertionError), match="do not fit"):
         run(module, function, q, k[..., :32], v, scale)
     with pytest.raises((ValueError, AssertionError), match="empty_rows"):
