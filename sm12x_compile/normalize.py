@@ -8,8 +8,6 @@ op vocabulary, every write a value, symbolic sizes intact. Mutated inputs become
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,7 +80,7 @@ def normalize(gm: GraphModule) -> GraphModule:
         mutated.extend(i for i, _ in written)
         return result
 
-    with mode, torch.no_grad(), fx_traceback.preserve_node_meta(), _quiet_autocast():
+    with mode, torch.no_grad(), fx_traceback.preserve_node_meta():
         normal = make_fx(
             functional, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
         )(*fakes)  # fmt: skip
@@ -155,7 +153,7 @@ class _Pick:
         """``x[i] += y`` reads, adds in place and stores at the same place: then the copy is x's own again."""
         if node.target is not operator.setitem or node.args[:2] != self.node.args:
             return False
-        return env.get(node.args[2]) is self.value and _unwrap(self.base) is self.base_then  # type: ignore[arg-type]
+        return env.get(node.args[2]) is self.value  # type: ignore[arg-type]
 
     def refusal(self, given: list[FunctionalTensor], *, stored: bool) -> str | None:
         """Why a node that runs on `given` can tell the copy from a view."""
@@ -199,13 +197,6 @@ def _fake_mode(fakes: list[Any]) -> Any:
     if context is not None and context.fake_mode is not None:
         return context.fake_mode
     raise NotNormalizable("the graph has no fake tensors to trace with")
-
-
-@contextmanager
-def _quiet_autocast() -> Iterator[None]:
-    """An ambient autocast was refused already; a cache entry of one must not leak into the trace."""
-    torch.clear_autocast_cache()
-    yield
 
 
 def _refuse_unsupported(gm: GraphModule) -> None:

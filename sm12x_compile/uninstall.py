@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 import torch._dynamo
 
 
@@ -13,7 +15,9 @@ def uninstall() -> None:
     from torch._dynamo.backends import registry
 
     torch._dynamo.reset()
-    getattr(registry, "_COMPILER_FNS", {}).pop("sm12x", None)
     names = getattr(registry, "_BACKENDS", {})
-    if names.get("sm12x") is None:  # an entry point stays: it is found once in a process
-        names.pop("sm12x", None)
+    for table in (names, getattr(registry, "_COMPILER_FNS", {})):
+        table.pop("sm12x", None)
+    # Dynamo looks for entry points once in a process: leave it ours, or the name would be gone for good.
+    for entry in entry_points(group="torch_dynamo_backends", name="sm12x"):
+        names["sm12x"] = entry

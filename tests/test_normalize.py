@@ -473,14 +473,3 @@ def test_a_failure_while_tracing_leaves_nothing_behind(where: str, monkeypatch: 
     with sm12x_compile.collect() as report:
         torch.compile(attend, backend=sm12x_compile.sm12x, options={"codegen": "eager"})(*heads())
     assert report.count("attention") == 1
-
-
-def test_an_autocast_before_does_not_leak_in() -> None:
-    """A weight that autocast had cast and cached is not what the trace sees."""
-    model, x = nn.Linear(4, 4), torch.randn(2, 4)
-    with torch.enable_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        model(x)
-        torch.set_autocast_enabled("cpu", False)
-        normal = normal_form(model, x)
-        torch.set_autocast_enabled("cpu", True)
-    assert {n.meta["val"].dtype for n in calls(normal)} == {torch.float32}

@@ -260,8 +260,15 @@ def base_written_before_the_sum_is_stored(q: Tensor, cache: Tensor, i: Tensor) -
 def sum_stored_elsewhere(q: Tensor, cache: Tensor, i: Tensor) -> Tensor:
     seen = cache[:, :, i]
     seen += q[:, :, 0]
-    cache[0, :, i] = seen[0]
+    cache[:, :, 0] = seen
     return attend(q, cache, cache)
+
+
+def something_else_stored(q: Tensor, cache: Tensor, i: Tensor) -> Tensor:
+    seen = cache[:, :, i]
+    seen += q[:, :, 0]
+    cache[:, :, i] = q[:, :, 1]
+    return attend(q, cache, cache) + seen[:, :, None]
 
 
 def base_read_before_the_sum_is_stored(q: Tensor, cache: Tensor, i: Tensor) -> Tensor:
@@ -294,6 +301,7 @@ def written_after_it_was_stored(q: Tensor, cache: Tensor, i: Tensor) -> Tensor:
         (written_and_forgotten, "written"),
         (written_after_it_was_stored, "written"),
         (sum_stored_elsewhere, "written"),
+        (something_else_stored, "written"),
         (base_read_before_the_sum_is_stored, "written"),
         (base_written_after, "used after its base was written"),
         (base_written_before_the_sum_is_stored, "used after its base was written"),
