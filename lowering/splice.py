@@ -30,7 +30,7 @@ class Splicer:
         inputs = {k: v for k, v in bound.items() if isinstance(v, Node)}
         body = self._trace(kernel, bound, inputs)
         with self.gm.graph.inserting_before(node):
-            share = not any(_writes(inner) for inner in body.graph.nodes)
+            share = not any(_is_mutable(inner) for inner in body.graph.nodes)
             before = set(self._shared.values())
             result = self._body(body, inputs, share)
             if _base(result) in before:
@@ -54,7 +54,11 @@ class Splicer:
         args, kwargs = torch.fx.node.map_arg((inner.args, inner.kwargs), lambda n: replacement[n])
         if inner.op == "get_attr":
             name = f"_sm12x_{next(self._serial)}_{inner.target}"
-            setattr(self.gm, name, getattr(body, str(inner.target)))
+            value = getattr(body, str(inner.target))
+            if isinstance(value, torch.Tensor):  # a buffer, or AOTAutograd would not know it
+                self.gm.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self.gm, name, value)
             copied = self.gm.graph.get_attr(name)
             copied.meta["val"] = inner.meta.get("val")
             return copied
@@ -63,7 +67,8 @@ class Splicer:
             return self._shared[key]
         copied = self.gm.graph.create_node(inner.op, inner.target, args, kwargs)
         copied.meta["val"] = inner.meta.get("val")
-        if share and isinstance(inner.target, torch._ops.OpOverload):
+        target = inner.target
+        if share and isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags:
             self._shared[key] = copied
         return copied
 
@@ -85,12 +90,9 @@ class Splicer:
         return body
 
 
-def _writes(node: Node) -> bool:
-    """Whether a node writes, or draws random numbers: then it is not the same node when it comes again."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+def _is_mutable(node: Node) -> bool:
+    """Whether a node writes: then what it is given is not the same when it comes again."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _base(result: Any) -> Any:

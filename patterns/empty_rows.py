@@ -38,7 +38,9 @@ def settle_masks(problem: Problem, roles: Roles) -> tuple[StructuredMask, str] |
     if not problem.stable and (may_be_empty or problem.biases):
         return Refusal("the softmax does not subtract each query's maximum: a masked query would be NaN", problem.node)
     finite = [m for m in masks if math.isfinite(m.drop_value)]
-    if not finite or not may_be_empty:
+    if not may_be_empty:
+        return mask, plain if problem.biases else "zero"  # no query is empty, and every kernel can do zero
+    if not finite:
         return mask, plain
     same = len({m.drop_value for m in masks}) == 1
     if same and all(m.filled for m in masks):

@@ -177,6 +177,8 @@ def _read(expr: Expr, key: Var, outside: _Reading) -> Scores | Refusal:
             outside = replace(outside, softcap=outside.factor, factor=1.0)
             expr = args[0]
         elif op == "sub" and not outside.softcap and not _depends_on(args[1], key):
+            if isinstance(shift := choice_of(args[1]), float) and not math.isfinite(shift):
+                return Refusal("an infinite constant is subtracted from the scores", node)
             maximum = outside.max_subtracted or _is_row_maximum(args[1], args[0], key)
             outside = replace(outside, shifts=(*outside.shifts, _shift(args[1])), max_subtracted=maximum)
             expr = args[0]

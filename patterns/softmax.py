@@ -225,6 +225,8 @@ def _follow(anchor: Node) -> Node | Refusal | None:
         else:
             if met or anchor.target is aten.exp.default:
                 return None  # an exponential that is not divided by its sum is no softmax
+            if user.op == "output":
+                return Refusal("the attention weights leave the graph: returned, or a graph break follows", node)
             what = str(user.target).removeprefix("aten.")
             return Refusal(f"{what} stands between softmax and values", user)
     return None

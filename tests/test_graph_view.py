@@ -90,10 +90,14 @@ def sharing(tensors: list[Tensor]) -> list[list[bool]]:
 
 
 def check(
-    function: Callable[[Tensor], Any], shape: tuple[int, ...] = SHAPE, order: tuple[int, ...] = (0, 2, 1, 3)
-) -> list[Node]:
-    """Values, strides, shared memory and random numbers are as they were; returns the nodes that were added."""
-    x = x_of(shape)
+    function: Callable[[Tensor], Any], shape: tuple[int, ...] = SHAPE, order: tuple[int, ...] = (0, 2, 1, 3),
+    memory: tuple[int, ...] = (0, 1, 2, 3),
+) -> list[Node]:  # fmt: skip
+    """Values, strides, shared memory and random numbers are as they were; returns the nodes that were added.
+
+    `memory` is the order of dimensions in memory before, `order` afterwards.
+    """
+    x = x_of(tuple(shape[k] for k in memory)).permute([memory.index(k) for k in range(4)])
     gm, added = replaced(function, x, order)
     torch.manual_seed(3)
     expected = outputs(function(x.sin()))
@@ -116,6 +120,7 @@ def test_a_result_that_is_returned_keeps_its_strides() -> None:
     assert targets(check(lambda y: y)) == COPY
     assert targets(check(lambda y: y.exp())) == COPY  # what follows takes its strides
     assert targets(check(lambda y: (y.transpose(1, 2), y.exp()))) == COPY
+    assert targets(check(lambda y: y, order=(0, 1, 2, 3), memory=(0, 3, 1, 2))) == COPY
 
 
 def test_a_reader_with_strides_of_its_own_needs_no_copy() -> None:
@@ -239,10 +244,11 @@ STEPS: dict[str, Callable[[Tensor], Tensor]] = {
 @given(
     chains=st.lists(st.lists(st.sampled_from(sorted(STEPS)), max_size=4), min_size=1, max_size=3),
     order=st.permutations(range(4)),
+    memory=st.permutations(range(4)),
     shape=st.tuples(*[st.integers(1, 3)] * 4),
     returned=st.booleans(),
 )
-def test_random_readers(chains: Any, order: Any, shape: tuple[int, ...], returned: bool) -> None:
+def test_random_readers(chains: Any, order: Any, memory: Any, shape: tuple[int, ...], returned: bool) -> None:
     def function(y: Tensor) -> list[Tensor]:
         found = [y] if returned else []
         for chain in chains:
@@ -254,7 +260,7 @@ def test_random_readers(chains: Any, order: Any, shape: tuple[int, ...], returne
             found.append(z)
         return found
 
-    check(function, shape, tuple(order))
+    check(function, shape, tuple(order), tuple(memory))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)])

@@ -66,8 +66,8 @@ DATACENTER: Table = (
 # fp32 is kept whole, so it runs on the plain cores: small tiles, and their size depends on registers alone.
 FP32: Table = (
     (64, 64, Tiles(64, 32, 8, 1)),
-    (128, 128, Tiles(32, 32, 8, 1)),
-    (256, 256, Tiles(32, 16, 8, 2)),
+    (128, 128, Tiles(32, 16, 8, 2)),
+    (256, 256, Tiles(16, 16, 8, 2)),
 )
 
 
