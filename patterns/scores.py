@@ -38,7 +38,7 @@ class Scores:
     softcap: float = 0.0
     masks: tuple[MaskTerm, ...] = ()
     biases: tuple[tuple[Element, float], ...] = ()
-    shifts: tuple[Expr, ...] = ()
+    shifts: tuple[tuple[float, Expr], ...] = ()  # what was subtracted, with the factor that followed
     product: Node | None = None
     max_subtracted: bool = False
 
@@ -51,7 +51,7 @@ class _Reading:
     softcap: float = 0.0
     masks: tuple[MaskTerm, ...] = ()
     biases: tuple[tuple[Element, float], ...] = ()
-    shifts: tuple[Expr, ...] = ()
+    shifts: tuple[tuple[float, Expr], ...] = ()  # what was subtracted, with the factor that followed
     max_subtracted: bool = False
     limit: float = math.inf
 
@@ -70,16 +70,16 @@ def read_scores(expr: Expr, key: Var, dtype: torch.dtype | None = None) -> Score
     return _read(expr, key, _Reading().within(dtype))
 
 
-def read_sink(expr: Expr) -> tuple[Element, tuple[Expr, ...]] | Refusal:
+def read_sink(expr: Expr) -> tuple[Element, tuple[tuple[float, Expr], ...]] | Refusal:
     """The logit of a column without value, and the shifts that were subtracted from it."""
-    shifts: list[Expr] = []
+    shifts: list[tuple[float, Expr]] = []
     while isinstance(expr, Element):
         found = look(expr)
         inner = step(found)
         if isinstance(inner, Apply) and inner.op == "cast":
             expr = inner.args[0]
         elif isinstance(inner, Apply) and inner.op == "sub":
-            shifts.append(_shift(inner.args[1]))
+            shifts.append((1.0, _shift(inner.args[1])))
             expr = inner.args[0]
         else:
             return found, tuple(shifts)
@@ -179,8 +179,9 @@ def _read(expr: Expr, key: Var, outside: _Reading) -> Scores | Refusal:
         elif op == "sub" and not outside.softcap and not _depends_on(args[1], key):
             if isinstance(shift := choice_of(args[1]), float) and not math.isfinite(shift):
                 return Refusal("an infinite constant is subtracted from the scores", node)
-            maximum = outside.max_subtracted or _is_row_maximum(args[1], args[0], key)
-            outside = replace(outside, shifts=(*outside.shifts, _shift(args[1])), max_subtracted=maximum)
+            maximum = outside.factor > 0 and _is_row_maximum(args[1], args[0], key)
+            shifts = (*outside.shifts, (outside.factor, _shift(args[1])))
+            outside = replace(outside, shifts=shifts, max_subtracted=outside.max_subtracted or maximum)
             expr = args[0]
         elif op in ("add", "sub"):
             return _added(op, args, key, outside, node)
@@ -256,9 +257,30 @@ def _terms(expr: Expr, outside: _Reading, sign: float) -> _Reading | Refusal:
     if isinstance(value, Apply) and value.op == "add":
         first = _terms(value.args[0], outside, sign)
         return first if isinstance(first, Refusal) else _terms(value.args[1], first, sign)
+    if isinstance(value, Apply) and value.op == "where":
+        chosen = _masked_bias(value.args, outside, sign)
+        if chosen is not None:
+            return chosen
     if element is None:
         return Refusal("what is added to the scores is no tensor of its own")
     return replace(outside, biases=(*outside.biases, (element, factor)))
+
+
+def _masked_bias(args: Sequence[Expr], outside: _Reading, sign: float) -> _Reading | None:
+    """``where(keep, bias, NEG)`` with NEG so low that it swallows the score: a mask and a bias."""
+    condition, a, b = args
+    when = predicate_of(condition)
+    if when is None or when == TRUE or not isinstance(condition, Element):
+        return None
+    for bias, fill, keeps in ((a, b, True), (b, a, False)):
+        value = choice_of(fill)
+        dropped = outside.drop_value(value, outside.factor * sign) if isinstance(value, float) else math.nan
+        if not dropped <= ABSORBING:
+            continue
+        term = MaskTerm(when if keeps else negate(when), dropped, condition, keeps)
+        read = _terms(bias, replace(outside, masks=(*outside.masks, term)), sign)
+        return None if isinstance(read, Refusal) else read
+    return None
 
 
 def _sums(expr: Expr) -> bool:
