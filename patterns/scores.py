@@ -76,7 +76,7 @@ def read_sink(expr: Expr) -> tuple[Element, tuple[tuple[float, Expr], ...]] | Re
     while isinstance(expr, Element):
         found = look(expr)
         inner = step(found)
-        if isinstance(inner, Apply) and inner.op == "cast":
+        if isinstance(inner, Apply) and inner.op == "cast" and keeps_numbers(inner):
             expr = inner.args[0]
         elif isinstance(inner, Apply) and inner.op == "sub":
             shifts.append((1.0, _shift(inner.args[1])))
