@@ -28,6 +28,8 @@ from .spec import MUTATIONS, Spec, fitted, specs
 
 # Of the graphs that are plain attention this share must be rewritten, or the fuzz would prove nothing.
 LEAST_REWRITTEN = 0.6
+# The nightly run in parts, each from a seed of its own, so that the cores share it.
+SHARDS = 20
 
 
 @dataclass
@@ -156,10 +158,11 @@ def test_fuzz():
 
 
 @pytest.mark.nightly
-def test_fuzz_nightly():
-    seed = seed_wanted(random.SystemRandom().randrange(2**32))
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_fuzz_nightly(shard: int):
+    seed = seed_wanted(random.SystemRandom().randrange(2**32)) + shard
     print(f"SM12X_FUZZ_SEED={seed}")
-    assert_tally(fuzz(cases_wanted(10_000), seed))
+    assert_tally(fuzz(-(-cases_wanted(10_000) // SHARDS), seed))
 
 
 # Graphs that once gave a wrong answer or failed at run time, cut down.
