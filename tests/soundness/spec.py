@@ -136,6 +136,8 @@ def fitted(spec: Spec) -> Spec:
     if spec.sinks == "column" and spec.softmax in ("after_values",):
         spec = replace(spec, softmax="method")
     other_rows = {"sum_of_queries", "softmax_queries", "softmax_heads"}
+    if spec.sinks == "denominator":
+        other_rows.add("max_of_queries")  # the sink is then one number a key, and no longer divides the values
     if other_rows & set(spec.mutations) and spec.softmax == "after_values":
         spec = replace(spec, softmax="by_hand")
     if spec.has("large_scores") and spec.softmax == "by_hand_unshifted":

@@ -74,7 +74,7 @@ def tolerance(spec: Spec) -> float:
 
 
 def assert_right(spec: Spec, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
-    """fp64: equal within `tolerance`. fp32: our error against fp64 is at most twice eager's and 2e-5 more."""
+    """fp64: equal within `tolerance` and eager's error. fp32: our error against fp64 is at most twice eager's and 2e-5 more."""
     assert len(ours) == len(eager)
     for mine, theirs, truth in zip(ours, eager, exact, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, spec
@@ -89,13 +89,19 @@ def assert_right(spec: Spec, ours: list[Tensor], eager: list[Tensor], exact: lis
         mine, theirs, truth = (x.double().masked_fill(special, 0.0) for x in (mine, theirs, truth))
         size = 1.0 + _largest(theirs)
         if spec.dtype == "float64":
-            assert _largest(mine - theirs) <= tolerance(spec) * size, (
-                f"{_largest(mine - theirs):.3g} in {spec}"
-            )
+            # A softmax in fp32 may drown whole rows in -1e9; there eager's own error is the measure.
+            wrong = (mine - theirs).abs() > tolerance(spec) * size + 2 * _rows(theirs - truth)
+            assert not wrong.any(), f"{_largest((mine - theirs)[wrong]):.3g} in {spec}"
         else:
             least = 1e-2 if spec.has("weights_bf16") or spec.has("large_scores") else 2e-5
             bound = 2 * _largest(theirs - truth) + least * size
             assert _largest(mine - truth) <= bound, f"{_largest(mine - truth):.3g} > {bound:.3g} in {spec}"
+
+
+def _rows(error: Tensor) -> Tensor:
+    """The largest of every row, beside each of its elements; errors that rounding alone explains are left out."""
+    largest = error.abs().amax(-1, keepdim=True).expand_as(error) if error.numel() else error
+    return torch.where(largest > 1e-5, largest, 0.0)
 
 
 def _largest(x: Tensor) -> float:
@@ -105,6 +111,8 @@ def _largest(x: Tensor) -> float:
 def check(spec: Spec, tally: Tally) -> None:
     torch._dynamo.reset()
     function = attention_like(spec)
+    # The same in fp64 all through: what a softmax in fp32 loses is no measure of ours.
+    exact = attention_like(replace(spec, softmax="method")) if spec.softmax in ("float", "dtype") else function
     compiled = torch.compile(function, backend=sm12x_compile.sm12x, options={"codegen": "eager"})
     dtype = getattr(torch, spec.dtype)
     with sm12x_compile.collect() as report:
@@ -114,7 +122,7 @@ def check(spec: Spec, tally: Tally) -> None:
             wide = {k: x.double() if x.is_floating_point() else x.clone() for k, x in inputs.items()}
             copies = {k: x.clone() for k, x in inputs.items()}
             ours = outcome(compiled, copies)
-            assert_right(spec, ours, outcome(function, inputs), outcome(function, wide))
+            assert_right(spec, ours, outcome(function, inputs), outcome(exact, wide))
     tally.add(spec, report)
 
 
