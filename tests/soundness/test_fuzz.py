@@ -74,7 +74,7 @@ def tolerance(spec: Spec) -> float:
 
 
 def assert_right(spec: Spec, ours: list[Tensor], eager: list[Tensor], exact: list[Tensor]) -> None:
-    """fp64: equal within `tolerance` and eager's error. fp32: our error against fp64 is at most twice eager's and 2e-5 more."""
+    """fp64: equal within `tolerance` and eager's error. fp32: at most twice eager's error, and 2e-5 more."""
     assert len(ours) == len(eager)
     for mine, theirs, truth in zip(ours, eager, exact, strict=True):
         assert mine.shape == theirs.shape and mine.dtype == theirs.dtype, spec
