@@ -58,6 +58,8 @@ def attention(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     problem = _from_sdpa(anchor) if sdpa else _from_softmax(anchor)
     if not isinstance(problem, Problem):
         return problem
+    if any(0 in shape_of(e.node) for e in (problem.q, problem.k, problem.value)):
+        return Refusal("an operand is empty", problem.node)  # kernels divide by sizes: SDPA of torch 2.11 dies of it
     roles = assign_roles(problem)
     if isinstance(roles, Refusal):
         return roles

@@ -129,6 +129,7 @@ CASES: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
     ("the extra column of the softmax is shifted differently from the scores", column_shifted_then_scaled_otherwise,
      (Q, K, V, SINKS)),
     ("the softmax has several columns without values", two_columns, (Q, K, V, SINKS)),
+    ("an operand is empty", lambda q, k, v: finish(scores(q, k), v), (Q[:0], K[:0], V[:0])),
     # emit.py and the layout of operands
     (NO_VIEW + "q, k and v have different dtypes", lambda q, k, v: finish(scores(q, k).double(), v),
      (Q, K, V.double())),
