@@ -338,27 +338,25 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "negated": lambda s, q, k, b, h, m, p: -s,
     "tensor": lambda s, q, k, b, h, m, p: s * h[:, None, None],
 }  # fmt: skip
-counts = {"read": 0, "refused": 0}
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=5))
-def test_random_orders(steps: Sequence[str]) -> None:
-    """Whatever is read is what was computed; what is refused is no harm."""
+def test_random_orders() -> None:
+    """Whatever is read is what was computed; what is refused is no harm, unless it is nearly everything."""
+    was_read: list[bool] = []
 
-    def function(*given_: Tensor) -> Tensor:
-        s = product(*given_[:2])
-        for step in steps:
-            s = STEPS[step](s, *given_)
-        return s
+    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=5))
+    def run(steps: Sequence[str]) -> None:
+        def function(*given_: Tensor) -> Tensor:
+            s = product(*given_[:2])
+            for step in steps:
+                s = STEPS[step](s, *given_)
+            return s
 
-    reading = read(function)
-    if isinstance(reading.read, Scores) and not torch.isnan(reading.result).any():
-        reading.check()
-        counts["read"] += 1
-    else:
-        counts["refused"] += 1
+        reading = read(function)
+        was_read.append(isinstance(reading.read, Scores) and not bool(torch.isnan(reading.result).any()))
+        if was_read[-1]:
+            reading.check()
 
-
-def test_random_orders_were_read() -> None:
-    assert counts["read"] >= 40, counts
+    run()
+    assert sum(was_read) >= 40
