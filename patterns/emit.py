@@ -32,22 +32,30 @@ def emit_attention(
     Raises:
         CannotArrange: an operand is no view of its source.
     """
+    roles, mask = cut_to_length(roles, mask, empty_rows)
     problem = roles.problem
-    batch, heads = roles.batch, (*roles.kv_head, *roles.group)
-    query = (roles.query,) if roles.query is not None else ()
-    key = (problem.key,)
-    if mask.kv_len is not None and mask.kv_len.is_const and _may_cut(empty_rows, mask):
-        # A length known while compiling is a slice of the cache.
-        shorter = Var("t", mask.kv_len.const)
-        cut = {problem.key: Index.of(shorter)}
-        problem, key = problem.subs(cut), (shorter,)
-        mask = _shortened(mask, cut)
+    batch, heads, query, key = roles.batch, roles.heads, roles.queries, (problem.key,)
     q = graph.arrange(problem.q, [batch, heads, query, problem.summed])
     k = graph.arrange(problem.k, [batch, roles.kv_head, key, problem.summed])
     v = graph.arrange(problem.value, [batch, roles.kv_head, key, roles.feature])
-    dtype = v.meta["val"].dtype
+    extra = shared_arguments(graph, roles, mask, empty_rows, (q, k, v))
+    call = graph.call(torch.ops.sm12x.attention.default, q, k, v, problem.scale, **extra)
+    return call, restore(graph, call, problem, [batch, heads, query, roles.feature])
+
+
+def shared_arguments(
+    graph: GraphView, roles: Roles, mask: StructuredMask, empty_rows: str, operands: tuple[Node, ...]
+) -> dict[str, Any]:
+    """What every attention-like op takes beside its operands: masks, softcap, sinks, dtypes.
+
+    Raises:
+        CannotArrange: no view expresses a mask, or the dtypes of the operands differ.
+    """
+    problem = roles.problem
+    batch, heads, query, key = roles.batch, roles.heads, roles.queries, (problem.key,)
+    dtype = operands[-1].meta["val"].dtype
     out_dtype = problem.node.meta["val"].dtype
-    if len({x.meta["val"].dtype for x in (q, k, v)}) != 1:
+    if len({x.meta["val"].dtype for x in operands}) != 1:
         raise CannotArrange("q, k and v have different dtypes")
     if not dtype.is_floating_point:
         raise CannotArrange(f"{dtype} is not a floating point dtype")
@@ -66,7 +74,7 @@ def emit_attention(
     if mask.kv_len is not None:
         length, more = _runtime_index(graph, mask.kv_len, batch)
         if length is None:
-            device = q.meta["val"].device
+            device = operands[0].meta["val"].device
             length = graph.call(aten.full.default, [], graph.size(more), dtype=torch.int64, device=device)
         elif more != 0:
             length = graph.call(aten.add.Tensor, length, graph.size(more))
@@ -87,8 +95,17 @@ def emit_attention(
         extra["empty_rows"] = empty_rows
     if out_dtype != dtype:
         extra["out_dtype"] = out_dtype
-    call = graph.call(torch.ops.sm12x.attention.default, q, k, v, problem.scale, **extra)
-    return call, _restore(graph, call, problem, [batch, heads, query, roles.feature])
+    return extra
+
+
+def cut_to_length(roles: Roles, mask: StructuredMask, empty_rows: str) -> tuple[Roles, StructuredMask]:
+    """A length known while compiling is a slice of the cache, not a mask."""
+    if mask.kv_len is None or not mask.kv_len.is_const or not _may_cut(empty_rows, mask):
+        return roles, mask
+    problem = roles.problem
+    shorter = Var("t", mask.kv_len.const)
+    cut = {problem.key: Index.of(shorter)}
+    return replace(roles, problem=replace(problem.subs(cut), key=shorter)), _shortened(mask, cut)
 
 
 def _may_cut(empty_rows: str, mask: StructuredMask) -> bool:
@@ -166,7 +183,7 @@ def _bias(
     return graph.call(aten.where.ScalarOther, keep, added, -math.inf)
 
 
-def _restore(graph: GraphView, call: Node, problem: Problem, groups: list[tuple[Var, ...]]) -> Node:
+def restore(graph: GraphView, call: Node, problem: Problem, groups: list[tuple[Var, ...]]) -> Node:
     """From ``[B, Hq, S, Dv]`` to the layout of the node that is replaced."""
     order = [v for group in groups for v in group]
     dims = [tuple(_slowest_first(ix)) for ix in problem.out]

@@ -67,6 +67,14 @@ class Roles:
     feature: tuple[Var, ...]
 
     @property
+    def heads(self) -> tuple[Var, ...]:
+        return (*self.kv_head, *self.group)
+
+    @property
+    def queries(self) -> tuple[Var, ...]:
+        return (self.query,) if self.query is not None else ()
+
+    @property
     def groups(self) -> Size:
         size: Size = 1
         for v in self.group:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._sympy.interp import sympy_interp
@@ -40,7 +41,8 @@ class GraphView:
     def value(self, node: Node) -> Any:
         """The fake value that a call computes from those of its arguments."""
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        # Without Python's dispatcher `matmul` of torch 2.11 makes constants of symbolic sizes.
+        with self.fake_mode, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     @cached_property

@@ -74,6 +74,8 @@ class Compiled:
         """Whether a block gets the shared memory that it asks for; the driver checks it only at load."""
         return self.shared_bytes <= arch.smem_per_block
 
+_SM_BYTE = 49  # of the ELF header's flags, in a cubin of CUDA 12.8 and later: the architecture's number
+
 
 def compile_kernel(
     kernel: Any,
@@ -186,6 +188,17 @@ class _Instruction:
 
 
 def _disassemble(cubin: bytes) -> list[_Instruction]:
+    text = _sass(cubin)
+    if "Cannot decode architecture 'SM121" in text:
+        # Triton 3.6 brings a disassembler that does not know sm_121, whose instructions are those of sm_120.
+        text = _sass(cubin[:_SM_BYTE] + bytes([120]) + cubin[_SM_BYTE + 1 :])
+    code = [_Instruction(int(a, 16), op, suffix, rest) for a, op, suffix, rest in _LINE.findall(text)]
+    if not code:
+        raise RuntimeError(f"cuobjdump could not read the code: {text.strip()[:300]}")
+    return code
+
+
+def _sass(cubin: bytes) -> str:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -196,10 +209,7 @@ def _disassemble(cubin: bytes) -> list[_Instruction]:
             [knobs.nvidia.cuobjdump.path, "-sass", file.name],
             capture_output=True, text=True, env={**os.environ, "PATH": path},
         )  # fmt: skip
-    code = [_Instruction(int(a, 16), op, suffix, rest) for a, op, suffix, rest in _LINE.findall(done.stdout)]
-    if not code:
-        raise RuntimeError(f"cuobjdump could not read the code: {(done.stderr or done.stdout).strip()[:300]}")
-    return code
+    return done.stdout + done.stderr
 
 
 def _loop_spills(code: list[_Instruction]) -> int:

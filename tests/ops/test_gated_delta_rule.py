@@ -166,6 +166,8 @@ def test_against_hugging_face_gdn(T: int, heads: tuple[int, int]) -> None:
     for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"):
         function = getattr(theirs, name)
         q, k, v, g, beta = ops
+        # transformers 5.17 wants the heads repeated, 5.23 takes it either way.
+        q, k = (x.repeat_interleave(G, 2) for x in (q, k))
         want = getattr(function, "__wrapped__", function)(
             q,
             k,

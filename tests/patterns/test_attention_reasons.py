@@ -121,7 +121,7 @@ def least_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 SDPA = F.scaled_dot_product_attention
 NO_VIEW = "no view expresses an operand: "
 CASES: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
-    # attention.py
+    # problem.py
     ("dropout is active; call model.eval()", lambda q, k, v: SDPA(q, k, v, dropout_p=0.5), (Q, K, V)),
     ("q, k and v have different ranks", lambda q, k, v: SDPA(q[0], k, v), (Q, K, V)),
     ("the scale is not a positive constant", lambda q, k, v: SDPA(q, k, v, scale=-0.5), (Q, K, V)),
@@ -311,7 +311,7 @@ def sentences(source: str) -> Iterator[str]:
 def test_every_sentence_is_here() -> None:
     """A new refusal needs a case that reaches it; one that is gone needs none."""
     folder = Path(patterns.__file__).parent
-    files = ("attention.py", "emit.py", "empty_rows.py", "roles.py", "scores.py", "softmax.py")
+    files = ("attention.py", "problem.py", "emit.py", "empty_rows.py", "roles.py", "scores.py", "softmax.py")
     written = {s for name in files for s in sentences((folder / name).read_text())} - {NO_VIEW + "{}"}
     reached = [c[0].removeprefix(NO_VIEW) for c in CASES] + ["the head dim is symbolic"]
 
