@@ -23,6 +23,8 @@ from .softmax import keeps_numbers
 
 # A masked score this low gets no probability beside any score that a model produces.
 MASKED_BELOW = -1e4
+# Added to a score it must be lower: a score of -1e4 is no oddity, and the sum stays what it is if passed on as a bias.
+ADDED_BELOW = -3e4
 # A masked score this low swallows the score that it is added to.
 ABSORBING = -1e30
 
@@ -293,7 +295,7 @@ def _mask_term(choice: Choice, factor: float, source: Element, outside: _Reading
     if kept != 0:
         keep, kept, dropped = negate(keep), choice.if_false * factor, choice.if_true
     dropped = outside.drop_value(dropped, factor)
-    if kept != 0 or math.isnan(dropped) or dropped > MASKED_BELOW:
+    if kept != 0 or math.isnan(dropped) or dropped > ADDED_BELOW:
         return None
     return MaskTerm(keep, dropped, source)
 
