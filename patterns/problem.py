@@ -58,6 +58,8 @@ def _from_softmax(anchor: Node) -> Problem | Refusal | None:
         if sink[1] != scores.shifts:
             return Refusal("the extra column of the softmax is shifted differently from the scores", anchor)
         sinks.append(sink[0])
+    if sinks and scores.constant:
+        return Refusal("a constant is added to the scores and not to the extra column of the softmax", anchor)
     if len(sinks) > 1:
         return Refusal("the softmax has several columns without values", anchor)
     return Problem(

@@ -43,6 +43,7 @@ class Scores:
     shifts: tuple[tuple[float, Expr], ...] = ()  # what was subtracted, with the factor that followed
     product: Node | None = None
     max_subtracted: bool = False
+    constant: float = 0.0  # added to all scores alike, which only a sink notices
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class _Reading:
     biases: tuple[tuple[Element, float], ...] = ()
     shifts: tuple[tuple[float, Expr], ...] = ()  # what was subtracted, with the factor that followed
     max_subtracted: bool = False
+    constant: float = 0.0
     limit: float = math.inf
 
     def within(self, dtype: torch.dtype | None) -> _Reading:
@@ -241,7 +243,9 @@ def _terms(expr: Expr, outside: _Reading, sign: float) -> _Reading | Refusal:
     element = expr if isinstance(expr, Element) else None
     choice = choice_of(expr) if element is not None or not isinstance(expr, Apply) else None
     if isinstance(choice, float):
-        return outside if math.isfinite(choice) else Refusal("an infinite constant is added to the scores")
+        if not math.isfinite(choice):
+            return Refusal("an infinite constant is added to the scores")
+        return replace(outside, constant=outside.constant + choice * outside.factor * sign)
     factor = outside.factor * sign
     if isinstance(choice, Choice) and element is not None:
         term = _mask_term(choice, factor, element, outside)
@@ -353,7 +357,7 @@ def _product(total: Reduce, key: Var, outside: _Reading) -> Scores | Refusal:
         return Refusal(f"the scores are scaled by {scale:g}", total.node)
     return Scores(
         a, b, tuple(summed), scale, outside.softcap, outside.masks, outside.biases, outside.shifts, total.node,
-        outside.max_subtracted,
+        outside.max_subtracted, outside.constant,
     )  # fmt: skip
 
 

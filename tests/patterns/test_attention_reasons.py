@@ -128,6 +128,9 @@ CASES: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
     ("the extra column of the softmax is shifted differently from the scores", column_not_shifted, (Q, K, V, SINKS)),
     ("the extra column of the softmax is shifted differently from the scores", column_shifted_then_scaled_otherwise,
      (Q, K, V, SINKS)),
+    ("a constant is added to the scores and not to the extra column of the softmax",
+     lambda q, k, v, z: torch.cat([scores(q, k) + 2.0, column(z, scores(q, k))], -1).softmax(-1)[..., :-1] @ v,
+     (Q, K, V, SINKS)),
     ("the softmax has several columns without values", two_columns, (Q, K, V, SINKS)),
     ("an operand is empty", lambda q, k, v: finish(scores(q, k), v), (Q[:0], K[:0], V[:0])),
     # emit.py and the layout of operands

@@ -175,6 +175,14 @@ def test_fuzz_nightly(shard: int):
 
 # Graphs that once gave a wrong answer or failed at run time, cut down.
 REMEMBERED = [
+    # All keys masked by one constant, which a sink notices.
+    Spec(B=1, S=1, D=8, Dv=8, dtype="float32", layout="tokens_first", scale="k", masks=("causal_arange", "packed"),
+         fill="add_1e9", softmax="by_hand", softcap=3.0, sinks="denominator", cache="index_copy", output="tokens",
+         mutations=("mask_written_before",), seed=57),
+    # -1e4 is no mask where scores are as large.
+    Spec(B=1, G=1, S=4, T=9, D=8, Dv=5, layout="no_batch", qk="einsum", pv="broadcast", grouping="expand", scale="k",
+         masks=("causal_tril",), combine="one_by_one", fill="add_1e4", bias="heads",
+         mutations=("softcap_after_mask", "large_scores"), seed=379),
     # A sink column under a softmax written out.
     Spec(softmax="by_hand", sinks="column"),
     Spec(softmax="by_hand_unshifted", sinks="column", T=9),
