@@ -1,5 +1,5 @@
 """The lowerings: which kernel runs a semantic op, here, at this shape, and why not the others."""
 
-from . import attention
+from . import attention, mla
 
-__all__ = ["attention"]
+__all__ = ["attention", "mla"]

@@ -114,7 +114,7 @@ def masked_sdpa(
     out_dtype: torch.dtype | None = None, softcap: float = 0.0, sinks: Tensor | None = None, **masks: Any,
 ) -> Tensor:  # fmt: skip
     """SDPA with the structured masks spelled out as a tensor."""
-    keep = allowed_keys(q, k, **masks)
+    keep = allowed_keys(q.shape[2], k.shape[2], q.device, **masks)
     if bias is not None and bias.dtype == torch.bool:
         keep, bias = (bias if keep is None else keep & bias), None
     # A quarter of the least number: kernels scale the scores, and must not reach -inf where the mean is kept.

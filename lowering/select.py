@@ -41,20 +41,37 @@ def lower(
         if op not in OPS or OPS[op].overload is not node.target:
             site.kernel = site.op  # a pattern of one's own may call any op
             continue
-        call = Call(op, torch.fx.node.map_arg(OPS[op].bind(node), lambda n: n.meta["val"]))
-        site.kernel, site.refused = _names(*choose(call, plan, options))
-        site.floor = floor(call, plan)
-        chosen, _ = choose(call, run, options)
-        if chosen is None:
-            continue
-        if chosen.overload is None:
-            splicer.inline(node, chosen)
-        else:
-            node.target = chosen.overload
+        site.floor = floor(_call(op, node), plan)
+        names: list[str] = []
+        waiting = [node]
+        for call_node in waiting:  # a kernel may be written in terms of another semantic op
+            planned = _lower_one(call_node, splicer, options, run, plan, waiting)
+            names.append(planned[0])
+            site.refused += planned[1]
+        site.kernel = " + ".join(names)
 
 
-def _names(chosen: Kernel | None, refused: list[tuple[str, str]]) -> tuple[str, list[tuple[str, str]]]:
-    return (chosen.name if chosen else REFERENCE), refused
+def _lower_one(
+    node: Node, splicer: Splicer, options: Options, run: Arch, plan: Arch, waiting: list[Node]
+) -> tuple[str, list[tuple[str, str]]]:
+    """Give one call its kernel; returns which is planned and who declined. Calls inside the kernel wait."""
+    call = _call(node.target.name().split("::")[1].split(".")[0], node)  # type: ignore[union-attr]
+    planned, refused = choose(call, plan, options)
+    chosen, _ = choose(call, run, options)
+    if chosen is not None and chosen.overload is None:
+        waiting += [n for n in splicer.inline(node, chosen) if _is_semantic(n)]
+    elif chosen is not None:
+        assert chosen.overload is not None
+        node.target = chosen.overload
+    return (planned.name if planned else REFERENCE), refused
+
+
+def _call(op: str, node: Node) -> Call:
+    return Call(op, torch.fx.node.map_arg(OPS[op].bind(node), lambda n: n.meta["val"]))
+
+
+def _is_semantic(node: Node) -> bool:
+    return any(node.target is op.overload for op in OPS.values())
 
 
 def choose(call: Call, arch: Arch, options: Options) -> tuple[Kernel | None, list[tuple[str, str]]]:
@@ -88,9 +105,9 @@ def floor(call: Call, arch: Arch) -> Floor | None:
     cost = OPS[call.op].cost
     if cost is None or not arch.bandwidth:
         return None
-    hinted = {name: _hinted(value) for name, value in call.arguments.items()}
+    arguments = {name: hinted(value) for name, value in call.arguments.items()}
     try:
-        least = cost(hinted)
+        least = cost(arguments)
     except (TypeError, ValueError):
         return None
     seconds = max(least.bytes / arch.bandwidth, least.flops / arch.bf16_flops)
@@ -114,7 +131,8 @@ class _Hinted:
         return total
 
 
-def _hinted(value: Any) -> Any:
+def hinted(value: Any) -> Any:
+    """An argument as a cost function takes it: every size an int."""
     if isinstance(value, torch.Tensor):
         return _Hinted(value)
     return Call.hint(value) if isinstance(value, torch.SymInt) else value

@@ -23,9 +23,11 @@ class Splicer:
         self._traces: dict[Any, GraphModule] = {}
         self._shared: dict[Any, Node] = {}
         self._serial = count()
+        self._new: list[Node] = []
 
-    def inline(self, node: Node, kernel: Kernel) -> None:
-        """Replace a call of a semantic op by the body of the kernel."""
+    def inline(self, node: Node, kernel: Kernel) -> list[Node]:
+        """Replace a call of a semantic op by the body of the kernel; returns the nodes that are new."""
+        self._new.clear()
         bound = OPS[kernel.op].bind(node)
         inputs = {k: v for k, v in bound.items() if isinstance(v, Node)}
         body = self._trace(kernel, bound, inputs)
@@ -38,6 +40,7 @@ class Splicer:
                 result = self._body(body, inputs, share=False)
         self.view.replace(node, result)
         self.gm.graph.erase_node(node)
+        return list(self._new)
 
     def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Node:
         replacement: dict[Node, Any] = dict(
@@ -67,6 +70,7 @@ class Splicer:
             return self._shared[key]
         copied = self.gm.graph.create_node(inner.op, inner.target, args, kwargs)
         copied.meta["val"] = inner.meta.get("val")
+        self._new.append(copied)
         target = inner.target
         if share and isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in target.tags:
             self._shared[key] = copied

@@ -1,5 +1,5 @@
 """The patterns: one file a family, each stating its equation. Importing this package registers them."""
 
-from . import attention
+from . import attention, mla
 
-__all__ = ["attention"]
+__all__ = ["attention", "mla"]

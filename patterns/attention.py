@@ -20,18 +20,15 @@ new kind of mask into `masks.py`; each is one branch that answers with a `Refusa
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
-from sm12x_compile.masks import StructuredMask
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite
 from sm12x_compile.registry import register_pattern
 
-from .emit import emit_attention
+from .emit import describe, emit_attention
 from .empty_rows import settle_masks
 from .problem import ANCHORS, read_problem
-from .roles import Problem, Roles, assign_roles
+from .roles import Problem, assign_roles
 
 
 @register_pattern("attention", anchors=ANCHORS, merit=0)
@@ -47,28 +44,10 @@ def attention(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     if isinstance(settled, Refusal):
         return settled
     mask, empty_rows = settled
-    tags = _tags(problem, roles, mask)
+    tags = describe(roles, mask)
     try:
         with graph.graph.inserting_before(problem.node):
             call, value = emit_attention(graph, roles, mask, empty_rows)
     except CannotArrange as reason:
         return Refusal(f"no view expresses an operand: {reason}", problem.node, tags)
     return Rewrite(problem.node, call, value, tags)
-
-
-def _tags(problem: Problem, roles: Roles, mask: StructuredMask) -> dict[str, Any]:
-    tags: dict[str, Any] = {"form": problem.form, "mask": mask.describe(), "scale": round(problem.scale, 6)}
-    if mask.window_left is not None:
-        tags["window"] = mask.window_left + 1
-    if mask.chunk is not None:
-        tags["chunk"] = mask.chunk
-    if roles.groups != 1:
-        tags["groups"] = roles.groups
-    if problem.sink is not None:
-        tags["sinks"] = True
-    if problem.softcap:
-        tags["softcap"] = problem.softcap
-    if problem.biases:
-        tags["bias"] = True
-    return tags
-

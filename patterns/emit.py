@@ -98,6 +98,25 @@ def shared_arguments(
     return extra
 
 
+def describe(roles: Roles, mask: StructuredMask) -> dict[str, Any]:
+    """The tags of a site."""
+    problem = roles.problem
+    tags: dict[str, Any] = {"form": problem.form, "mask": mask.describe(), "scale": round(problem.scale, 6)}
+    if mask.window_left is not None:
+        tags["window"] = mask.window_left + 1
+    if mask.chunk is not None:
+        tags["chunk"] = mask.chunk
+    if roles.groups != 1:
+        tags["groups"] = roles.groups
+    if problem.sink is not None:
+        tags["sinks"] = True
+    if problem.softcap:
+        tags["softcap"] = problem.softcap
+    if problem.biases:
+        tags["bias"] = True
+    return tags
+
+
 def cut_to_length(roles: Roles, mask: StructuredMask, empty_rows: str) -> tuple[Roles, StructuredMask]:
     """A length known while compiling is a slice of the cache, not a mask."""
     if mask.kv_len is None or not mask.kv_len.is_const or not _may_cut(empty_rows, mask):

@@ -96,6 +96,12 @@ _WHISPER: dict[str, Any] = dict(
     max_source_positions=24, max_target_positions=64, init_std=0.125, suppress_tokens=None,
     begin_suppress_tokens=None, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
 )  # fmt: skip
+# Latent attention: head_dim is the rotary part's.
+_LATENT: dict[str, Any] = dict(
+    num_key_value_heads=4, head_dim=8, kv_lora_rank=32, q_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8,
+    v_head_dim=12, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+    first_k_dense_replace=1,
+)  # fmt: skip
 _VIT: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32,
     patch_size=8, initializer_range=0.125,
@@ -117,6 +123,12 @@ FAMILIES: dict[str, Family] = {
                  num_experts_per_tok=4),
         _decoder("qwen3_moe", num_experts=4, num_experts_per_tok=4, moe_intermediate_size=32,
                  norm_topk_prob=True),
+        _decoder("deepseek_v2", **_LATENT),
+        _decoder("deepseek_v3", **_LATENT),
+        _decoder("deepseek_v32", **_LATENT, index_topk=512, index_head_dim=16, index_n_heads=2),
+        _decoder("glm4_moe_lite", **_LATENT),
+        _decoder("kimi_linear", **{**_LATENT, "q_lora_rank": None, "n_routed_experts": None}, num_local_experts=4,
+                 linear_head_dim=16, linear_num_heads=4, layer_types=["linear_attention", "full_attention"]),
         Family("bert", "encoder", _ENCODER),
         Family("modernbert", "encoder", {**_ENCODER, **_MODERNBERT}),
         Family("t5", "text2text", _T5, layers=("num_layers", "num_decoder_layers")),

@@ -108,7 +108,7 @@ def allowed(traced: Traced, mask: StructuredMask) -> Tensor:
         return torch.tensor([[read(element, {traced.b: b, var: i}, traced.values) for i in rows] for b in range(batch)])
 
     keep = allowed_keys(
-        torch.empty(batch, 1, queries, 1), torch.empty(batch, 1, keys, 1),
+        queries, keys, torch.device("cpu"),
         causal=mask.causal, window_left=mask.window_left, window_right=mask.window_right, chunk=mask.chunk,
         q_offset=of_batch(mask.offset), kv_len=None if mask.kv_len is None else of_batch(mask.kv_len),
         q_segments=along(mask.segments[0], traced.s) if mask.segments else None,

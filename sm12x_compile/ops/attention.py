@@ -30,8 +30,9 @@ def attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -
 
 
 def allowed_keys(
-    q: Tensor,
-    k: Tensor,
+    S: int,
+    T: int,
+    device: torch.device,
     *,
     causal: bool = False,
     window_left: int | None = None,
@@ -45,9 +46,8 @@ def allowed_keys(
     k_segments: Tensor | None = None,
 ) -> Tensor | None:
     """The structured masks as one bool tensor broadcastable to ``[B, 1, S, T]`` (True: may be attended)."""
-    S, T = q.shape[2], k.shape[2]
-    t = torch.arange(T, device=q.device)
-    p = torch.arange(S, device=q.device)[None, None, :, None] + q_shift
+    t = torch.arange(T, device=device)
+    p = torch.arange(S, device=device)[None, None, :, None] + q_shift
     if q_offset is not None:
         p = p + q_offset.reshape(-1, 1, 1, 1)
     keep = []
@@ -71,6 +71,45 @@ def allowed_keys(
     for other in keep[1:]:
         mask = mask & other
     return mask
+
+
+def attention_weights(
+    scores: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    empty_rows: str = "zero",
+    **masks: Any,
+) -> Tensor:
+    """From scaled scores ``[B, H, S, T]`` in fp32 or fp64 to weights, with the arguments of `sm12x::attention`."""
+    if empty_rows not in EMPTY_ROWS:
+        raise ValueError(f"empty_rows={empty_rows!r}, not one of {EMPTY_ROWS}")
+    H, S, T = scores.shape[1:]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None and bias.dtype != torch.bool:
+        scores = scores + bias.to(scores.dtype)
+    keep = allowed_keys(S, T, scores.device, **masks)
+    if bias is not None and bias.dtype == torch.bool:
+        keep = bias if keep is None else keep & bias
+    if keep is not None:
+        scores = scores.masked_fill(~keep, -math.inf)
+    top = scores.amax(-1, keepdim=True) if T else scores.new_full((*scores.shape[:3], 1), -math.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).reshape(1, H, 1, 1)
+        top = torch.maximum(top, sink)
+    empty = top == -math.inf
+    weights = torch.exp(scores - top.masked_fill(empty, 0.0))
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - top.masked_fill(empty, 0.0))
+    if empty_rows == "mean":
+        weights = torch.where(empty, torch.ones_like(weights), weights)
+        total = torch.where(empty, torch.full_like(total, T), total)
+    elif empty_rows == "zero":
+        total = total.masked_fill(empty, 1.0)
+    return weights / total
 
 
 def attention_cost(a: dict[str, Any]) -> Cost:
@@ -148,39 +187,14 @@ def attention(
         )
     if (q_segments is None) != (k_segments is None):
         raise ValueError("sm12x::attention: q_segments and k_segments are given together or not at all")
-    if empty_rows not in EMPTY_ROWS:
-        raise ValueError(f"sm12x::attention: empty_rows={empty_rows!r}, not one of {EMPTY_ROWS}")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     G = Hq // Hkv
     qg = q.to(wide).reshape(B, Hkv, G, S, D)
     scores = torch.einsum("bhgsd,bhtd->bhgst", qg, k.to(wide)).reshape(B, Hq, S, T) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if bias is not None and bias.dtype != torch.bool:
-        scores = scores + bias.to(wide)
-    keep = allowed_keys(
-        q, k, causal=causal, window_left=window_left, window_right=window_right, chunk=chunk,
+    weights = attention_weights(
+        scores, causal=causal, window_left=window_left, window_right=window_right, chunk=chunk,
         q_offset=q_offset, q_shift=q_shift, kv_len=kv_len, key_padding=key_padding,
-        q_segments=q_segments, k_segments=k_segments,
-    )  # fmt: skip
-    if bias is not None and bias.dtype == torch.bool:
-        keep = bias if keep is None else keep & bias
-    if keep is not None:
-        scores = scores.masked_fill(~keep, -math.inf)
-    top = scores.amax(-1, keepdim=True) if T else scores.new_full((B, Hq, S, 1), -math.inf)
-    if sinks is not None:
-        sink = sinks.to(wide).reshape(1, Hq, 1, 1)
-        top = torch.maximum(top, sink)
-    empty = top == -math.inf
-    weights = torch.exp(scores - top.masked_fill(empty, 0.0))
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sink - top.masked_fill(empty, 0.0))
-    if empty_rows == "mean":
-        weights = torch.where(empty, torch.ones_like(weights), weights)
-        total = torch.where(empty, torch.full_like(total, T), total)
-    elif empty_rows == "zero":
-        total = total.masked_fill(empty, 1.0)
-    weights = (weights / total).reshape(B, Hkv, G, S, T)
+        q_segments=q_segments, k_segments=k_segments, bias=bias, softcap=softcap, sinks=sinks, empty_rows=empty_rows,
+    ).reshape(B, Hkv, G, S, T)  # fmt: skip
     out = torch.einsum("bhgst,bhtv->bshgv", weights, v.to(wide)).reshape(B, S, Hq, Dv)
     return out.to(out_dtype or v.dtype).contiguous().transpose(1, 2)

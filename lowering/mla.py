@@ -1,0 +1,79 @@
+"""`sm12x::mla` → a kernel.
+
+With the up-projections in hand there are two ways to add up the same numbers:
+
+    expanded   keys and values of every head, then `sm12x::attention`: fewer operations for long prompts
+    absorbed   queries taken into latent space, one KV head for all, the cache read as it is: decode
+
+The operation counts decide (`ops/mla.py`), by the sizes the graph was compiled for. Both end in another semantic op,
+which is lowered in turn; what is left of the absorbed form is `mla` without weights:
+
+    aten       the reference's formula in plain ATen, fused by Inductor
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sm12x_compile.arch import Arch
+from sm12x_compile.ops import mla as op
+from sm12x_compile.ops.mla import mla_forms, per_head
+from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
+
+from .select import hinted
+
+
+def _accepts_expanded(call: Call, arch: Arch) -> Verdict:
+    if call.w_uk is None:
+        return No("the author has absorbed the up-projections")
+    absorbed, expanded = mla_forms({name: hinted(value) for name, value in call.arguments.items()})
+    assert expanded is not None
+    if expanded.flops >= absorbed.flops:
+        times = expanded.flops / absorbed.flops
+        return No(f"expanding the latents takes {times:.1f} times the operations of absorbing the projections")
+    return YES
+
+
+def _accepts_absorbed(call: Call, arch: Arch) -> Verdict:
+    return YES if call.w_uk is not None else No("the author has absorbed the up-projections")
+
+
+def _accepts_core(call: Call, arch: Arch) -> Verdict:
+    return YES if call.w_uk is None else No("computes what is left once the up-projections are absorbed")
+
+
+@register_kernel("mla", "expanded", accepts=_accepts_expanded, inline=True, merit=40)
+def expanded(
+    q_nope: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None, w_uk: Tensor, w_uv: Tensor,
+    scale: float, **masks: Any,
+) -> Tensor:  # fmt: skip
+    """Keys and values of every head."""
+    k = torch.matmul(latent[:, None], w_uk.mT)
+    v = torch.matmul(latent[:, None], w_uv.mT)
+    q = q_nope
+    if q_rope is not None and k_rope is not None:
+        q = torch.cat([q_nope, q_rope], dim=-1)
+        k = torch.cat([k, k_rope[:, None].expand(-1, k.shape[1], -1, -1)], dim=-1)
+    out: Tensor = torch.ops.sm12x.attention(q, k, v, scale, **masks)
+    return out
+
+
+@register_kernel("mla", "absorbed", accepts=_accepts_absorbed, inline=True, merit=30)
+def absorbed(
+    q_nope: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None, w_uk: Tensor, w_uv: Tensor,
+    scale: float, out_dtype: torch.dtype | None = None, **masks: Any,
+) -> Tensor:  # fmt: skip
+    """Queries go into latent space, the mixture of latents comes out of it."""
+    query = per_head(q_nope, w_uk)
+    mixed = torch.ops.sm12x.mla(query, q_rope, latent, k_rope, None, None, scale, **masks)
+    out = per_head(mixed, w_uv.mT)
+    return out if out_dtype is None else out.to(out_dtype)
+
+
+@register_kernel("mla", "aten", accepts=_accepts_core, inline=True, merit=5)
+def aten_mla(*args: Any, **kwargs: Any) -> Tensor:
+    """The reference's formula, traced into the graph so that Inductor can fuse it."""
+    return op.reference(*args, **kwargs)
