@@ -263,6 +263,6 @@ def _joined(problem: Problem, roles: Roles) -> tuple[Latent, Roles] | Refusal | 
 def _headless(problem: Problem, roles: Roles) -> Roles | None:
     """The roles if all heads share keys and values: what q, k and v have in common is the batch then."""
     shared = {*roles.batch, *roles.kv_head}
-    if not roles.group or shared - problem.k.vars() or shared - problem.value.vars():
+    if shared - problem.k.vars() or shared - problem.value.vars():
         return None
     return replace(roles, batch=(*roles.batch, *roles.kv_head), kv_head=())

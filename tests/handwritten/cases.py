@@ -73,6 +73,7 @@ class Case:
         sites: sites rewritten in every graph; None where both answers are right.
         tags: expected tags of every rewritten site; a tuple lists alternatives of equal meaning.
         refused: the report must hold a near-miss, with a sentence.
+        pattern: the family that the sites belong to.
     """
 
     name: str
@@ -80,16 +81,21 @@ class Case:
     sites: int | None
     tags: dict[str, Any]
     refused: bool
+    pattern: str
 
 
 class Registry(list[Case]):
-    """Collects cases: ``@registry.case(sites=1, mask="causal")``."""
+    """Collects cases of one family: ``@registry.case(sites=1, mask="causal")``."""
+
+    def __init__(self, pattern: str = "attention") -> None:
+        super().__init__()
+        self.pattern = pattern
 
     def case(
         self, *, sites: int | None = 1, refused: bool = False, **tags: Any
     ) -> Callable[[Builder], Builder]:
         def register(build: Builder) -> Builder:
-            self.append(Case(build.__name__, build, 0 if refused else sites, tags, refused))
+            self.append(Case(build.__name__, build, 0 if refused else sites, tags, refused, self.pattern))
             return build
 
         return register

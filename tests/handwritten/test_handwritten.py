@@ -27,7 +27,7 @@ from .cases import (
 )
 from .rename import renamed
 
-FILES = ("attentions", "layouts", "vision", "masks", "caches", "refused", "sdpa_forms")
+FILES = ("attentions", "layouts", "vision", "masks", "caches", "refused", "sdpa_forms", "latents")
 MODULES = {name: importlib.import_module(f".{name}", __package__) for name in FILES}
 REGISTRIES: dict[str, Registry] = {name: getattr(module, name.upper()) for name, module in MODULES.items()}
 CASES = [case for registry in REGISTRIES.values() for case in registry]
@@ -64,7 +64,7 @@ def check_numbers(
 
 
 def check_report(case: Case, report: sm12x_compile.Report) -> None:
-    found = [site for site in report.rewritten if site.pattern == "attention"]
+    found = [site for site in report.rewritten if site.pattern == case.pattern]
     if case.sites is not None:
         assert len(found) == case.sites * report.graphs, f"{case.sites} a graph expected:\n{report}"
     faults = [fault for site in found for fault in tag_faults(case.tags, site.tags)]
@@ -139,12 +139,12 @@ def test_names_do_not_matter(name: str):
         function, inputs = make(after, torch.float32)
         with sm12x_compile.collect() as report:
             run(compile_here(function), function, calls(inputs, Draw(torch.float32, seed=4)))
-        assert report.count("attention") == before.sites * report.graphs, f"{before.name}, renamed:\n{report}"
+        assert report.count(before.pattern) == before.sites * report.graphs, f"{before.name}, renamed:\n{report}"
 
 
-def _recorder(made: list[Registry]) -> Callable[[], Registry]:
-    def registry() -> Registry:
-        made.append(Registry())
+def _recorder(made: list[Registry]) -> Callable[..., Registry]:
+    def registry(*pattern: str) -> Registry:
+        made.append(Registry(*pattern))
         return made[-1]
 
     return registry
