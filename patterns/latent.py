@@ -42,7 +42,7 @@ class Latent:
     latent: Element
     inner: Var
     q_rope: Element | None = None
-    k_rope: Element | None = None
+    k_rope: tuple[tuple[Var, Element], ...] = ()
     rope: Var | None = None
     w_uk: Element | None = None
     w_uv: Element | None = None
@@ -85,31 +85,26 @@ def pieces_along(element: Element, var: Var, offset: int = 0) -> list[Piece]:
     return found
 
 
-def read_projection(element: Element, key: Var) -> Projection | None:
+def read_projection(element: Expr, key: Var) -> Projection | None:
     """A linear map of something that runs along the keys, by something that does not."""
-    expr: Expr | None = step(look(element))
-    bias: Element | None = None
+    expr = step(look(element)) if isinstance(element, Element) else element
     if isinstance(expr, Apply) and expr.op == "add":
-        sums = [a for a in expr.args if isinstance(a, Reduce)]
-        rest = [a for a in expr.args if isinstance(a, Element) and key not in look(a).vars()]
-        if len(sums) != 1 or len(rest) != 1:
-            return None
-        expr, bias = sums[0], rest[0]
+        for product, bias in (expr.args, expr.args[::-1]):
+            found = read_projection(product, key)
+            if found is not None and found.bias is None and isinstance(bias, Element) and key not in look(bias).vars():
+                return replace(found, bias=bias)
+        return None
     if not (isinstance(expr, Reduce) and expr.kind == "sum"):
         return None
-    body = expr.body
-    if isinstance(body, Element):
-        body = step(look(body)) or body
-    if not (isinstance(body, Apply) and body.op == "mul"):
-        return None
-    if not all(isinstance(a, Element) for a in body.args):
+    body = step(look(expr.body)) if isinstance(expr.body, Element) else expr.body
+    if not (isinstance(body, Apply) and body.op == "mul") or not all(isinstance(a, Element) for a in body.args):
         return None
     a, b = (source(x, (key, expr.var)) for x in body.args if isinstance(x, Element))
     if key in b.vars():
         a, b = b, a
     if key not in a.vars() or key in b.vars() or expr.var not in a.vars() or expr.var not in b.vars():
         return None
-    return Projection(a, b, expr.var, bias)
+    return Projection(a, b, expr.var)
 
 
 def same_element(a: Element, b: Element) -> bool:
@@ -154,10 +149,10 @@ def _expanded(problem: Problem, roles: Roles) -> tuple[Latent, Roles] | Refusal 
         kv_head=tuple(v for v in (*roles.batch, *roles.kv_head) if v in heads),
     )
     start, r = rest
-    rope = source(problem.k.subs({d: Index.of(r) + start}), (problem.key, r)) if r.extent else None
-    if rope is not None and rope.vars() - set(settled.batch) - {problem.key, r}:
+    rope = _shared_part(problem, settled, d, start, r) if r.extent else ()
+    if rope is None:
         return None  # an ordinary key with a low-rank part; the heads share nothing
-    if rope is None and not _is_narrow(key.inner, settled, nope.var):
+    if not rope and not _is_narrow(key.inner, settled, nope.var):
         return None  # an ordinary projection of the hidden states
     weights = (*settled.kv_head, nope.var, key.inner), (*settled.kv_head, *settled.feature, value.inner)
     if key.weight.vars() - set(weights[0]) or value.weight.vars() - set(weights[1]):
@@ -168,7 +163,7 @@ def _expanded(problem: Problem, roles: Roles) -> tuple[Latent, Roles] | Refusal 
         w_uk=key.weight, w_uv=value.weight.subs({value.inner: Index.of(key.inner)}),
         k_bias=key.bias, v_bias=value.bias,
     )  # fmt: skip
-    if rope is not None:
+    if rope:
         q_rope = source(problem.q.subs({d: Index.of(r) + start}), (r,))
         latent = replace(latent, q_rope=q_rope, k_rope=rope, rope=r)
     return latent, settled
@@ -187,6 +182,18 @@ def _rest(nope: Piece, whole: Var) -> tuple[int, Var] | None:
     if left and right:
         return None
     return (0, Var("r", left)) if left else (nope.offset + nope.var.extent, Var("r", right))
+
+
+def _shared_part(
+    problem: Problem, roles: Roles, d: Var, start: int, r: Var
+) -> tuple[tuple[Var, Element], ...] | None:
+    """The columns of the keys from `start` on, which all heads share: one tensor, or several side by side."""
+    whole = source(problem.k.subs({d: Index.of(r) + start}), (problem.key, r))
+    pieces = [Piece(0, r, whole)]
+    if whole.vars() - {*roles.batch, problem.key, r}:
+        pieces = pieces_along(whole, r)
+    found = tuple((piece.var, source(piece.element, (problem.key, piece.var))) for piece in pieces)
+    return None if any(e.vars() - {*roles.batch, problem.key, v} for v, e in found) else found
 
 
 def _is_narrow(inner: Var, roles: Roles, nope: Var) -> bool:
@@ -215,19 +222,17 @@ def _absorbed(problem: Problem, roles: Roles) -> tuple[Latent, Roles] | Refusal 
         rest = replace(problem, biases=(*problem.biases[:k], *problem.biases[k + 1 :]))
         r = second.summed[0]
         if same_size(d.extent, roles.feature[0].extent) and same_element(problem.k, value):
-            latent = Latent("absorbed", problem.q, (d,), problem.k, d, second.q, second.k, r)
+            latent = Latent("absorbed", problem.q, (d,), problem.k, d, second.q, ((r, second.k),), r)
         elif same_size(r.extent, roles.feature[0].extent) and same_element(
             second.k, problem.value.subs({roles.feature[0]: Index.of(r)})
         ):
-            latent = Latent("absorbed", second.q, (r,), second.k, r, problem.q, problem.k, d)
+            latent = Latent("absorbed", second.q, (r,), second.k, r, problem.q, ((d, problem.k),), d)
         else:
             continue
-        assert latent.k_rope is not None and latent.q_rope is not None
-        # The second product brings no variable that the first did not have.
-        known = {*settled.batch, *settled.heads, *settled.queries, problem.key, d, r}
-        if (latent.k_rope.vars() | latent.q_rope.vars() | latent.latent.vars()) - known:
-            continue
-        if (latent.k_rope.vars() | latent.latent.vars()) & {*settled.heads, *settled.queries}:
+        # The second product brings no variable that the first did not have, and its keys none of the heads.
+        keys, rows = latent.latent.vars() | latent.k_rope[0][1].vars(), {*settled.heads, *settled.queries}
+        known = {*settled.batch, problem.key, d, r}
+        if keys - known or (latent.q.vars() | second.q.vars()) - known - rows:
             continue
         return latent, replace(settled, problem=rest)
     return None
@@ -255,7 +260,8 @@ def _joined(problem: Problem, roles: Roles) -> tuple[Latent, Roles] | Refusal | 
         return Latent(
             "joined", source(problem.q.subs({d: columns}), (inner,)), (inner,),
             source(problem.k.subs({d: columns}), (problem.key, inner)), inner,
-            source(problem.q.subs({d: rest}), (rope,)), source(problem.k.subs({d: rest}), (problem.key, rope)), rope,
+            source(problem.q.subs({d: rest}), (rope,)),
+            ((rope, source(problem.k.subs({d: rest}), (problem.key, rope))),), rope,
         ), settled  # fmt: skip
     return None
 

@@ -100,9 +100,10 @@ def _emit(
     kv = graph.arrange(latent.latent.subs(cut), [batch, key, inner])
     operands = [q, kv]
     q_rope = k_rope = w_uk = w_uv = None
-    if latent.q_rope is not None and latent.k_rope is not None and latent.rope is not None:
+    if latent.q_rope is not None and latent.rope is not None:
         q_rope = graph.arrange(latent.q_rope, [batch, heads, query, (latent.rope,)])
-        k_rope = graph.arrange(latent.k_rope.subs(cut), [batch, key, (latent.rope,)])
+        parts = [graph.arrange(element.subs(cut), [batch, key, (var,)]) for var, element in latent.k_rope]
+        k_rope = parts[0] if len(parts) == 1 else graph.call(aten.cat.default, parts, -1)
         operands = [q, q_rope, k_rope, kv]
     if latent.w_uk is not None and latent.w_uv is not None:
         w_uk = graph.arrange(latent.w_uk, [roles.kv_head, latent.nope, inner])
