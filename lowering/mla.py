@@ -8,7 +8,8 @@ With the up-projections in hand there are two ways to add up the same numbers:
 The operation counts decide (`ops/mla.py`), by the sizes the graph was compiled for. Both end in another semantic op,
 which is lowered in turn; what is left of the absorbed form is `mla` without weights:
 
-    aten       the reference's formula in plain ATen, fused by Inductor
+    triton.mla_decode   split-KV decode over the latents in place
+    aten                the reference's formula in plain ATen, fused by Inductor
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sm12x_compile.ops.mla import mla_forms, per_head
 from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
 
 from .select import hinted
+from .triton.mla_decode import mla_decode, mla_decode_refusal
 
 
 def _accepts_expanded(call: Call, arch: Arch) -> Verdict:
@@ -71,6 +73,15 @@ def absorbed(
     mixed = torch.ops.sm12x.mla(query, q_rope, latent, k_rope, None, None, scale, **masks)
     out = per_head(mixed, w_uv.mT)
     return out if out_dtype is None else out.to(out_dtype)
+
+
+def _accepts_decode(call: Call, arch: Arch) -> Verdict:
+    core = _accepts_core(call, arch)
+    refusal = mla_decode_refusal(call, arch) if core else None
+    return No(refusal) if refusal else core
+
+
+register_kernel("mla", "triton.mla_decode", accepts=_accepts_decode, merit=20)(mla_decode)
 
 
 @register_kernel("mla", "aten", accepts=_accepts_core, inline=True, merit=5)

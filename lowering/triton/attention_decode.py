@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import card_of, check, device_guard, operands, refusal, row_tiles
+from .arguments import card_of, check, device_guard, operands, refusal, rope_operands, row_tiles
 from .tiles import DecodeTiles, decode_splits, decode_tiles
 
 MAX_QUERIES = 16
@@ -29,7 +29,7 @@ def decode_launch(
     kv_len: Tensor | None = None, key_padding: Tensor | None = None, q_segments: Tensor | None = None,
     k_segments: Tensor | None = None, bias: Tensor | None = None, softcap: float = 0.0,
     sinks: Tensor | None = None, empty_rows: str = "zero", out_dtype: torch.dtype | None = None,
-    *, tiles: DecodeTiles, splits: int,
+    *, tiles: DecodeTiles, splits: int, q_rope: Tensor | None = None, k_rope: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any], tuple[int, int, int], dict[str, Any] | None]:  # fmt: skip
     """Storage of the result, the kernel's arguments by name, its grid, and the combining kernel's arguments."""
     B, Hq, S, _ = q.shape
@@ -43,6 +43,8 @@ def decode_launch(
     a["stride_ob"], a["stride_os"], a["stride_oh"], _ = out.stride()
     a["splits"] = splits
     a["KV_HEADS"] = Hkv
+    a |= rope_operands(q_rope, k_rope)
+    a["SHARED"] = v is k and not a["D_REST"]  # latents are keys and values at once
     a["BLOCK_R"], a["BLOCK_N"] = tiles.block_r, tiles.block_n
     a["partial"] = None
     grid = (B * Hkv, splits, -(-S * (Hq // Hkv) // tiles.block_r))

@@ -4,6 +4,9 @@ A program takes one KV head, the BLOCK_R query rows that share it (query s and h
 s * GROUP + g), and one split of the keys. The grid is fixed by the cache's size, but each split's range is worked
 out from what is filled *at run time*, so a cache of 32,768 slots with 2,048 filled costs what 2,048 cost.
 A second kernel combines the splits in a fixed order: results don't change from run to run.
+
+Latent attention is the same with one KV head: the latents are keys and, the same tile once more, values
+(SHARED), and a rotary part in a tensor of its own is added to the scores.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ def decode_kernel(
     q_segments, stride_qsb, stride_qss, k_segments, stride_ksb, stride_kst,
     bias, stride_bb, stride_bh, stride_bs, stride_bt,
     sinks, stride_sink,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    q_rope, stride_qrb, stride_qrh, stride_qrs, stride_qrd, k_rope, stride_krb, stride_krt, stride_krd,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, SHARED: tl.constexpr,
     D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr,
     DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, NATURAL: tl.constexpr, EMPTY: tl.constexpr,
@@ -78,6 +82,10 @@ def decode_kernel(
     q_rest = q_main
     if D_REST > 0:
         q_rest = _load_columns(q_rows, valid, stride_qd, D_MAIN, D_REST, D)
+    q_turned = q_main
+    if ROPE > 0:
+        q_turned_rows = q_rope + b * stride_qrb + (h * stride_qrh + s.to(tl.int64) * stride_qrs)[:, None]
+        q_turned = _load_columns(q_turned_rows, valid, stride_qrd, 0, ROPE_PAD, ROPE)
     k_base = k + b * stride_kb + hk * stride_kh
     v_base = v + b * stride_vb + hk * stride_vh
     if k_segments is not None:
@@ -95,10 +103,15 @@ def decode_kernel(
         t = n + cols
         limit = end - n
         k_block = k_base + tl.cast(n, tl.int64) * stride_kt
-        x = product(q_main, load_tile(k_block, key_rows, stride_kt, stride_kd, limit, 0, D_MAIN, D, True), IEEE)
+        k_main = load_tile(k_block, key_rows, stride_kt, stride_kd, limit, 0, D_MAIN, D, True)
+        x = product(q_main, k_main, IEEE)
         if D_REST > 0:
             k_rest = load_tile(k_block, key_rows, stride_kt, stride_kd, limit, D_MAIN, D_REST, D, True)
             x += product(q_rest, k_rest, IEEE)
+        if ROPE > 0:
+            turned = k_rope + b * stride_krb + tl.cast(n, tl.int64) * stride_krt
+            k_turned = load_tile(turned, key_rows, stride_krt, stride_krd, limit, 0, ROPE_PAD, ROPE, True)
+            x += product(q_turned, k_turned, IEEE)
         x = x * scale
         if softcap is not None:
             x = cap_scores(x, softcap, IEEE)
@@ -125,7 +138,9 @@ def decode_kernel(
         l = l * alpha + tl.sum(p, 1)
         m = top
         v_block = v_base + tl.cast(n, tl.int64) * stride_vt
-        values = load_tile(v_block, key_rows, stride_vt, stride_vd, limit, 0, DV_MAIN, DV, True)
+        values = k_main
+        if not SHARED:
+            values = load_tile(v_block, key_rows, stride_vt, stride_vd, limit, 0, DV_MAIN, DV, True)
         acc = accumulate(acc * alpha[:, None], p, values, IEEE)
         if DV_REST > 0:
             v_rest = load_tile(v_block, key_rows, stride_vt, stride_vd, limit, DV_MAIN, DV_REST, DV, True)
