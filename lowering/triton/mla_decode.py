@@ -20,7 +20,7 @@ from .tiles import DecodeTiles
 MAX_QUERIES = 64
 MAX_LATENT = 512
 MAX_ROPE = 128
-MAX_SPLITS = 32
+MAX_SPLITS = 64
 
 
 def mla_decode_refusal(call: Call, arch: Arch) -> str | None:
@@ -44,7 +44,7 @@ def mla_tiles(arch: Arch, latent: int, rows: int) -> DecodeTiles:
     block_r = 16 if rows <= 16 else 32 if rows <= 32 else 64
     warps = 4 if block_r == 16 else 8
     if arch.smem_per_block >= 200 * KIB:
-        return DecodeTiles(block_r, 32 if latent > 256 else 64, warps, 2)
+        return DecodeTiles(block_r, 64, warps, 2)
     return DecodeTiles(block_r, 16 if latent > 256 and block_r == 64 else 32, warps, 2)
 
 
