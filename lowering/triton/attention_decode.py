@@ -84,7 +84,7 @@ def attention_decode(
     check(q, k, v, empty_rows)
     arch = card_of(q)
     rows = q.shape[2] * (q.shape[1] // k.shape[1])
-    tiles = decode_tiles(arch, sum(row_tiles(k)), sum(row_tiles(v)), q.dtype, rows)
+    tiles = decode_tiles(arch, sum(row_tiles(k)), sum(row_tiles(v)), q.dtype, rows, bias is not None)
     splits = decode_splits(arch, tiles, q.shape[0] * k.shape[1] * -(-rows // tiles.block_r), k.shape[2])
     return run_decode(
         tiles, splits, q, k, v, scale, causal, window_left, window_right, chunk, q_offset, q_shift, kv_len,

@@ -92,8 +92,10 @@ def _prefill_table(arch: Arch, dtype: torch.dtype) -> Table:
     return DATACENTER if arch.smem_per_block >= 160 * KIB else SM12X
 
 
-def decode_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, rows: int) -> DecodeTiles:
-    """Tiles of the decode kernel for this many query rows a KV head."""
+def decode_tiles(
+    arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, rows: int, bias: bool = False
+) -> DecodeTiles:
+    """Tiles of the decode kernel for this many query rows a KV head. A bias beside 64 rows takes more warps."""
     wide = max(head_dim, v_head_dim) > 128
     if dtype == torch.float32:
         return DecodeTiles(16, 32, 8, 2)
@@ -102,7 +104,7 @@ def decode_tiles(arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype,
         return DecodeTiles(16, 32 if wide else 64, 4, stages)
     if rows <= 32:
         return DecodeTiles(32, 32, 4, stages)
-    return DecodeTiles(64, 16 if wide else 32, 4, stages)
+    return DecodeTiles(64, 16 if wide else 32, 8 if bias else 4, stages)
 
 
 @lru_cache(maxsize=4096)
