@@ -45,9 +45,10 @@ def lower(
         names: list[str] = []
         waiting = [node]
         for call_node in waiting:  # a kernel may be written in terms of another semantic op
-            planned = _lower_one(call_node, splicer, options, run, plan, waiting)
-            names.append(planned[0])
-            site.refused += planned[1]
+            name, refused = _lower_one(call_node, splicer, options, run, plan, waiting)
+            known = {*names, *(other for other, _ in site.refused)}
+            site.refused += [no for no in refused if no[0] not in known]
+            names.append(name)
         site.kernel = " + ".join(names)
 
 
