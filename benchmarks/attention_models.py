@@ -3,7 +3,8 @@
     python benchmarks/attention_models.py --out benchmarks/results/attention_models-h200.json
 
 Cases: gpt-oss attention with sinks at 4,096 tokens; a StaticCache decode with 2,048 of 32,768 slots filled, beside
-the same decode with a cache of 2,048 slots. Times are medians of CUDA events; decode runs as a CUDA graph.
+the same decode with a cache of 2,048 slots; whole decode steps of a llama and of two dense layers with DeepSeek-V3's
+dimensions at 8,064 tokens. Times are medians of CUDA events; decode runs as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 CONTENDERS = ("eager", "inductor", "sm12x")
-CASES = ("sinks_prefill_4096", "cache_2048_of_32768", "cache_2048_of_2048", "llama_decode")
+CASES = ("sinks_prefill_4096", "cache_2048_of_32768", "cache_2048_of_2048", "llama_decode", "deepseek_decode")
 
 
 def compiled(function: Callable[..., Any], contender: str) -> Callable[..., Any]:
@@ -123,17 +124,24 @@ def static_cache(contender: str, slots: int) -> dict[str, Any]:
     return {"ms": median_ms(lambda: step(*sets)) / 4, "relative_error": error}
 
 
-def decode(contender: str, slots: int, filled: int, **config: Any) -> dict[str, Any]:
-    """One decode step of a Hugging Face llama over a StaticCache."""
+LLAMA: dict[str, Any] = dict(
+    hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=14336,
+    num_hidden_layers=8, vocab_size=32000, max_position_embeddings=65536,
+)  # fmt: skip
+DEEPSEEK: dict[str, Any] = dict(
+    hidden_size=7168, num_attention_heads=128, num_key_value_heads=128, intermediate_size=18432,
+    num_hidden_layers=2, first_k_dense_replace=2, vocab_size=32000, q_lora_rank=1536, kv_lora_rank=512,
+    qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, max_position_embeddings=65536,
+)  # fmt: skip
+
+
+def decode(contender: str, name: str, slots: int, filled: int, config: dict[str, Any]) -> dict[str, Any]:
+    """One decode step of a Hugging Face model over a StaticCache."""
     from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
-    small = dict(
-        hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=256,
-        num_hidden_layers=4, vocab_size=1000, max_position_embeddings=65536,
-    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device("cuda"):
-        settings = AutoConfig.for_model("llama", **{**small, **config})
+        settings = AutoConfig.for_model(name, **config)
         model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
     ids = torch.randint(0, 1000, (1, filled), device="cuda")
     with torch.inference_mode():
@@ -165,19 +173,22 @@ def measure(case: str, contender: str) -> dict[str, Any]:
             return sinks_prefill(contender)
         if case.startswith("cache_"):
             return static_cache(contender, int(case.split("_")[-1]))
-    return decode(contender, 1024, 512, num_hidden_layers=8, intermediate_size=14336, vocab_size=32000)
+    if case == "deepseek_decode":
+        return decode(contender, "deepseek_v3", 8192, 8128, DEEPSEEK)
+    return decode(contender, "llama", 1024, 512, LLAMA)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="attention_models.json")
     parser.add_argument("--one", nargs=2, metavar=("CASE", "CONTENDER"), help="measure one contender in this process")
+    parser.add_argument("--cases", nargs="*", default=CASES, choices=CASES)
     given = parser.parse_args()
     if given.one:
         print("RESULT " + json.dumps(measure(*given.one)))
         return
     rows: list[dict[str, Any]] = []
-    for case in CASES:
+    for case in given.cases:
         for contender in CONTENDERS:
             command = [sys.executable, __file__, "--one", case, contender]
             done = subprocess.run(command, capture_output=True, text=True, timeout=280)
