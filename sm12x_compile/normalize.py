@@ -114,7 +114,8 @@ class _Reader(torch.fx.Interpreter):
         stored = [pick for pick in self.picks if pick.is_stored_by(n, self.env)]
         for pick in self.picks:
             self.refusal = self.refusal or pick.refusal(given, stored=pick in stored)
-        result = super().run_node(n)
+        # `float` adds the guard that holds this number.
+        result = float(n.meta["example_value"]) if _is_python_float(n) else super().run_node(n)
         for pick in stored:
             pick.keep()
         if n.target is operator.getitem and isinstance(result, FunctionalTensor):
@@ -176,6 +177,15 @@ class _Pick:
         return None
 
 
+def _is_python_float(node: Node) -> bool:
+    """Whether a node is a float of Python's (``self.scaling``), which ``dynamic=True`` hands over as a tensor."""
+    value = node.meta.get("example_value")
+    return (
+        node.op == "call_method" and node.target == "item"
+        and isinstance(value, torch.SymFloat) and value.node.hint is not None
+    )  # fmt: skip
+
+
 def _shares(a: FunctionalTensor, b: FunctionalTensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
@@ -206,7 +216,7 @@ def _refuse_unsupported(gm: GraphModule) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotNormalizable("the graph is traced inside a functorch transform")
     for node in gm.graph.nodes:
-        if node.op == "call_method" and node.target in ("item", "tolist"):
+        if node.op == "call_method" and node.target in ("item", "tolist") and not _is_python_float(node):
             raise NotNormalizable(f"reads a tensor's value ({node.target}())")
         if node.op in ("call_function", "get_attr"):
             target = node.target

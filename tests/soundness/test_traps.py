@@ -373,3 +373,24 @@ def test_hook_that_keeps_the_weights():
     torch.testing.assert_close(out, expected)
     assert len(seen) == 2
     torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_a_float_of_python_under_dynamic():
+    """`dynamic=True` turns a module's floats into inputs; one that is read off must be guarded."""
+
+    class Scaled(nn.Module):
+        scaling = 0.3
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT * self.scaling).softmax(-1) @ v
+
+    module = Scaled()
+    module.scaling = 0.3
+    compiled = torch.compile(module, backend=sm12x_compile.sm12x, options={"codegen": "eager"}, dynamic=True)
+    with torch.no_grad(), sm12x_compile.collect() as report:
+        for scaling in (0.3, 0.7, 0.3):
+            module.scaling = scaling
+            for length in (5, 9):
+                inputs = heads(S=length)
+                torch.testing.assert_close(compiled(*inputs), module(*inputs))
+    assert attention_count(report) == report.graphs == 2 and not report.warnings
