@@ -212,7 +212,8 @@ def _is_narrow(inner: Var, roles: Roles, nope: Var) -> bool:
 def _absorbed(problem: Problem, roles: Roles) -> tuple[Latent, Roles] | Refusal | None:
     (d,) = problem.summed
     settled = _headless(problem, roles)
-    if settled is None or len(roles.feature) != 1:
+    # What is added behind a softcap is not inside it, and the op has one softcap around both products.
+    if settled is None or len(roles.feature) != 1 or problem.softcap:
         return None
     value = problem.value.subs({roles.feature[0]: Index.of(d)})
     for k, (element, factor) in enumerate(problem.biases):

@@ -234,6 +234,18 @@ def values_of_another_latent():
 
 
 @case(sites=0)
+def a_softcap_around_one_of_two_products():
+    def attend(q, q_rope, latent, k_rope):
+        capped = 2.0 * torch.tanh(torch.einsum("bhsl,btl->bhst", q, latent) / 2.0)
+        scores = capped + torch.einsum("bhsr,btr->bhst", q_rope, k_rope)
+        return torch.einsum("bhst,btl->bhsl", scores.softmax(-1), latent)
+
+    return attend, lambda d: tuple(
+        d.randn(*s) for s in ((d.B, 3, d.S, 10), (d.B, 3, d.S, 4), (d.B, d.T, 10), (d.B, d.T, 4))
+    )
+
+
+@case(sites=0)
 def rotary_part_of_every_head():
     def attend(q, latent, k_rope, w_k, w_v):
         k = torch.cat([torch.einsum("btl,hln->bhtn", latent, w_k), k_rope], -1)

@@ -45,7 +45,8 @@ MUTATIONS = (
     "other_latent", "values_shifted", "values_reversed", "values_relu", "rope_of_heads", "rope_rolled",
     "weights_of_values_rolled", "weight_scaled_by_batch", "latent_written_between", "weight_written_between",
     "second_scale", "second_latent", "slice_off_by_one", "bias_of_tokens", "keys_returned", "latent_returned",
-    "keys_clamped", "softcap", "sink", "rope_doubled", "queries_swapped", "everything_masked", "keys_transposed",
+    "keys_clamped", "softcap", "softcap_of_one", "sink", "rope_doubled", "queries_swapped", "everything_masked",
+    "keys_transposed",
 )  # fmt: skip
 
 
@@ -211,6 +212,8 @@ def _absorbed(spec: Spec, t: dict[str, Tensor], latent: Tensor) -> Tensor:
     second = t["other"] if spec.has("second_latent") else latent
     s = torch.einsum("bhsl,btl->bhst", q, second)
     r = torch.einsum("bhsr,btr->bhst", q_rope, t["rope"])
+    if spec.has("softcap_of_one"):
+        s = 3.0 * torch.tanh(s / 3.0)
     s = s + r * 0.5 if spec.has("second_scale") else s + r
     return torch.einsum("bhst,btl->bhsl", _weights(spec, t, s * spec.scale), values)
 
