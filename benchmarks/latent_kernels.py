@@ -86,7 +86,7 @@ def measure(B: int, T: int, bandwidth: float, sweep: bool) -> dict[str, Any]:
         "plain torch": graph_time([partial(plain, x) for x in sets]),
     }
     for name, card in (("attention", of_device(0)), ("attention, SM12x tiles", by_name("rtx5090"))):
-        tiles = mla_tiles(card, L, H)
+        tiles = mla_tiles(card, L, H, T)
         splits = mla_splits(of_device(0), tiles, B * -(-H // tiles.block_r), T)
         ms[name] = graph_time([partial(attention, tiles, splits, x) for x in latent_sets])
     row: dict[str, Any] = {

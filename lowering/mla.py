@@ -5,8 +5,9 @@ With the up-projections in hand there are two ways to add up the same numbers:
     expanded   keys and values of every head, then `sm12x::attention`: fewer operations for long prompts
     absorbed   queries taken into latent space, one KV head for all, the cache read as it is: decode
 
-The operation counts decide (`ops/mla.py`), by the sizes the graph was compiled for. Both end in another semantic op,
-which is lowered in turn; what is left of the absorbed form is `mla` without weights:
+The operation counts decide (`ops/mla.py`), by the sizes the graph was compiled for. `triton.mla_absorbed` is all of
+the absorbed form, for one token. Otherwise both end in another semantic op, which is lowered in turn; what is left of
+the absorbed form is `mla` without weights:
 
     triton.mla_decode   split-KV decode over the latents in place
     aten                the reference's formula in plain ATen, fused by Inductor
@@ -25,6 +26,7 @@ from sm12x_compile.ops.mla import mla_forms, per_head
 from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
 
 from .select import hinted
+from .triton.mla_absorbed import mla_absorbed, mla_absorbed_refusal
 from .triton.mla_decode import mla_decode, mla_decode_refusal
 
 
@@ -63,23 +65,15 @@ def expanded(
     return out
 
 
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """`per_head`; for a single row on a GPU as a reduction, which Inductor runs nearer to the memory's speed."""
-    B, H, S, _ = x.shape
-    if x.device.type != "cuda" or (B, S, weight.shape[0]) != (1, 1, H):
-        return per_head(x, weight)
-    return (x[0, :, 0, :, None].float() * weight.float()).sum(1).to(x.dtype)[None, :, None]
-
-
 @register_kernel("mla", "absorbed", accepts=_accepts_absorbed, inline=True, merit=30)
 def absorbed(
     q_nope: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None, w_uk: Tensor, w_uv: Tensor,
     scale: float, out_dtype: torch.dtype | None = None, **masks: Any,
 ) -> Tensor:  # fmt: skip
     """Queries go into latent space, the mixture of latents comes out of it."""
-    query = _project(q_nope, w_uk)
+    query = per_head(q_nope, w_uk)
     mixed = torch.ops.sm12x.mla(query, q_rope, latent, k_rope, None, None, scale, **masks)
-    out = _project(mixed, w_uv.mT)
+    out = per_head(mixed, w_uv.mT)
     return out if out_dtype is None else out.to(out_dtype)
 
 
@@ -89,6 +83,13 @@ def _accepts_decode(call: Call, arch: Arch) -> Verdict:
     return No(refusal) if refusal else core
 
 
+def _accepts_one_token(call: Call, arch: Arch) -> Verdict:
+    absorbed = _accepts_absorbed(call, arch)
+    refusal = mla_absorbed_refusal(call, arch) if absorbed else None
+    return No(refusal) if refusal else absorbed
+
+
+register_kernel("mla", "triton.mla_absorbed", accepts=_accepts_one_token, merit=35)(mla_absorbed)
 register_kernel("mla", "triton.mla_decode", accepts=_accepts_decode, merit=20)(mla_decode)
 
 

@@ -38,6 +38,7 @@ class Arch:
     wgmma: bool = False
     tcgen05: bool = False
     tma: bool = False
+    pdl: bool = False
     block_scaled_mma: bool = False
     unified_memory: bool = False
     registers_per_sm: int = 65536
@@ -60,11 +61,11 @@ class Arch:
 
 _SM12X: dict[str, Any] = dict(
     family="sm12x", smem_per_block=99 * KIB, smem_per_sm=100 * KIB, warps_per_sm=48,
-    tma=True, block_scaled_mma=True,
+    tma=True, pdl=True, block_scaled_mma=True,
 )  # fmt: skip
 _HOPPER: dict[str, Any] = dict(
     family="sm9x", capability=(9, 0), sm_count=132, smem_per_block=227 * KIB, smem_per_sm=228 * KIB,
-    warps_per_sm=64, l2_bytes=50 * KIB**2, bf16_flops=989e12, wgmma=True, tma=True,
+    warps_per_sm=64, l2_bytes=50 * KIB**2, bf16_flops=989e12, wgmma=True, tma=True, pdl=True,
 )  # fmt: skip
 
 CARDS: dict[str, Arch] = {
@@ -81,7 +82,7 @@ CARDS: dict[str, Arch] = {
         Arch(name="h100", memory_bytes=80 * KIB**3, bandwidth=3.35e12, **_HOPPER),
         Arch(name="b200", family="sm10x", capability=(10, 0), sm_count=148, smem_per_block=227 * KIB,
              smem_per_sm=228 * KIB, warps_per_sm=64, l2_bytes=126 * KIB**2, memory_bytes=180 * KIB**3,
-             bandwidth=8e12, bf16_flops=2250e12, tcgen05=True, tma=True, block_scaled_mma=True),
+             bandwidth=8e12, bf16_flops=2250e12, tcgen05=True, tma=True, pdl=True, block_scaled_mma=True),
         Arch(name="a100", family="sm8x", capability=(8, 0), sm_count=108, smem_per_block=163 * KIB,
              smem_per_sm=164 * KIB, warps_per_sm=64, l2_bytes=40 * KIB**2, memory_bytes=80 * KIB**3,
              bandwidth=2.039e12, bf16_flops=312e12),

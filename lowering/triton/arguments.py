@@ -66,6 +66,15 @@ def card_of(q: Tensor) -> Arch:
     return of_device(q.device.index) if q.is_cuda else by_name("rtx5090")
 
 
+def launches_early(q: Tensor) -> bool:
+    """Whether kernels that follow each other overlap (programmatic dependent launch, from SM90 on).
+
+    The next kernel starts while the last one ends, and waits (`gdc_wait`) before it touches what others write. The
+    first kernel of a chain is launched as usual: what came before it is then complete for the whole chain.
+    """
+    return q.is_cuda and card_of(q).pdl
+
+
 def device_guard(q: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
     if q.is_cuda and q.device.index != torch.cuda.current_device():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import card_of, check, device_guard, operands, refusal, rope_operands, row_tiles
+from .arguments import card_of, check, device_guard, launches_early, operands, refusal, rope_operands, row_tiles
 from .tiles import DecodeTiles, decode_splits, decode_tiles
 
 MAX_QUERIES = 16
@@ -30,8 +30,12 @@ def decode_launch(
     k_segments: Tensor | None = None, bias: Tensor | None = None, softcap: float = 0.0,
     sinks: Tensor | None = None, empty_rows: str = "zero", out_dtype: torch.dtype | None = None,
     *, tiles: DecodeTiles, splits: int, q_rope: Tensor | None = None, k_rope: Tensor | None = None,
+    pdl: bool = False,
 ) -> tuple[Tensor, dict[str, Any], tuple[int, int, int], dict[str, Any] | None]:  # fmt: skip
-    """Storage of the result, the kernel's arguments by name, its grid, and the combining kernel's arguments."""
+    """Storage of the result, the kernel's arguments by name, its grid, and the combining kernel's arguments.
+
+    pdl: see `launches_early`.
+    """
     B, Hq, S, _ = q.shape
     Hkv, DV = k.shape[1], v.shape[3]
     out = q.new_empty((B, S, Hq, DV), dtype=out_dtype or v.dtype)
@@ -46,6 +50,8 @@ def decode_launch(
     a |= rope_operands(q_rope, k_rope)
     a["SHARED"] = v is k and not a["D_REST"]  # latents are keys and values at once
     a["BLOCK_R"], a["BLOCK_N"] = tiles.block_r, tiles.block_n
+    a["PREFETCH"] = tiles.prefetch if k.device.type != "cpu" and k.stride(-1) == 1 else 0  # not interpreted
+    a["PDL"] = pdl
     a["partial"] = None
     grid = (B * Hkv, splits, -(-S * (Hq // Hkv) // tiles.block_r))
     if splits == 1:
@@ -55,13 +61,28 @@ def decode_launch(
     shared = (
         "partial", "out", "v", "stride_ob", "stride_os", "stride_oh", "stride_vb", "stride_vh",
         "stride_vt", "stride_vd", "S", "T", "splits", "sinks", "stride_sink", "GROUP", "DV", "NATURAL", "EMPTY",
-        "WIDE", "BLOCK_N",
+        "WIDE", "BLOCK_N", "PDL",
     )  # fmt: skip
     combine = {name: a[name] for name in shared}
     combine["HEADS"] = Hq
-    combine["DV_PAD"] = 1 << (DV - 1).bit_length()
+    combine["DV_PAD"] = combine_width(DV, rows)
     combine["SPLITS_PAD"] = 1 << (splits - 1).bit_length()
     return out, a, grid, combine
+
+
+def combine_width(v_head_dim: int, rows: int) -> int:
+    """Columns that a program of the combining kernel takes: a few wide rows are shared out, to fill the card."""
+    padded = 1 << (v_head_dim - 1).bit_length()
+    return min(padded, 128) if padded == v_head_dim and rows <= 256 else padded
+
+
+def launch_combine(combine: dict[str, Any], out: Tensor, tiles: DecodeTiles, pdl: bool) -> None:
+    """One program for every row of the result and every share of its columns; a share takes two warps."""
+    from .decode_kernel import combine_kernel
+
+    rows, width = out.shape[0] * out.shape[1] * out.shape[2], combine["DV_PAD"]
+    warps = 2 if width < combine["DV"] else tiles.combine_warps
+    combine_kernel[rows, -(-out.shape[3] // width)](**combine, num_warps=warps, launch_pdl=pdl)
 
 
 def attention_decode(
@@ -94,14 +115,14 @@ def attention_decode(
 
 def run_decode(tiles: DecodeTiles, splits: int, *args: Any, **kwargs: Any) -> Tensor:
     """`attention_decode` with the tiles and the number of splits given."""
-    from .decode_kernel import combine_kernel, decode_kernel
+    from .decode_kernel import decode_kernel
 
-    out, arguments, grid, combine = decode_launch(*args, **kwargs, tiles=tiles, splits=splits)
+    pdl = launches_early(args[0])
+    out, arguments, grid, combine = decode_launch(*args, **kwargs, tiles=tiles, splits=splits, pdl=pdl)
     if not out.numel() or not arguments["T"]:
         return out.zero_().transpose(1, 2)
     with device_guard(out):
         decode_kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
         if combine is not None:
-            rows = out.shape[0] * out.shape[1] * out.shape[2]
-            combine_kernel[(rows,)](**combine, num_warps=tiles.combine_warps)
+            launch_combine(combine, out, tiles, pdl)
     return out.transpose(1, 2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .attention_parts import (
     EMPTY_MEAN,
@@ -48,13 +49,20 @@ def decode_kernel(
     DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, NATURAL: tl.constexpr, EMPTY: tl.constexpr,
     IEEE: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * KV_HEADS, splits, cdiv(S * GROUP, BLOCK_R)).
+
+    PREFETCH: how many blocks of keys are called into the L2 ahead of their loads (contiguous rows only); 0 for none.
+    PDL: see `arguments.launches_early`.
 
     partial: fp32 ``[B, Hq, S, splits, DV]``, values not yet divided, and behind it ``[B, Hq, S, splits, 2]``, their
     running maximum and sum. None if there is one split, and `out` is written at once.
     """
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     bh = tl.program_id(0)
     b = (bh // KV_HEADS).to(tl.int64)
     hk = (bh % KV_HEADS).to(tl.int64)
@@ -102,6 +110,12 @@ def decode_kernel(
     for n in tl.range(start, end, BLOCK_N):
         t = n + cols
         limit = end - n
+        if PREFETCH > 0:
+            later = tl.minimum(n + PREFETCH * BLOCK_N + cols, end - 1).to(tl.int64)
+            _prefetch_rows(k_base + later * stride_kt, D * k.dtype.element_ty.primitive_bitwidth // 8)
+            if ROPE > 0:
+                turned_rows = k_rope + b * stride_krb + later * stride_krt
+                _prefetch_rows(turned_rows, ROPE * k.dtype.element_ty.primitive_bitwidth // 8)
         k_block = k_base + tl.cast(n, tl.int64) * stride_kt
         k_main = load_tile(k_block, key_rows, stride_kt, stride_kd, limit, 0, D_MAIN, D, True)
         x = product(q_main, k_main, IEEE)
@@ -181,11 +195,14 @@ def combine_kernel(
     partial, out, v, stride_ob, stride_os, stride_oh, stride_vb, stride_vh, stride_vt, stride_vd,
     S, T, splits, sinks, stride_sink,
     HEADS: tl.constexpr, GROUP: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr,
-    NATURAL: tl.constexpr, EMPTY: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr,
+    NATURAL: tl.constexpr, EMPTY: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of one output row; grid (B * HEADS * S,)."""
+    """Combine the splits of one output row; grid (B * HEADS * S, cdiv(DV, DV_PAD))."""
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
     STEP: tl.constexpr = 16 if SPLITS_PAD > 16 else SPLITS_PAD
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     s = row % S
     h = row // S % HEADS
@@ -195,10 +212,10 @@ def combine_kernel(
     every = tl.arange(0, SPLITS_PAD)
     m = tl.max(tl.load(state + 2 * every, mask=every < splits, other=float("-inf")), 0)
     base = tl.where(m == float("-inf"), 0.0, m)
-    cols = tl.arange(0, DV_PAD)
+    cols = tl.program_id(1) * DV_PAD + tl.arange(0, DV_PAD)
     total = tl.zeros((STEP,), tl.float32)
     acc = tl.zeros((STEP, DV_PAD), tl.float32)
-    for i in tl.range(0, splits, STEP):
+    for i in tl.static_range(0, SPLITS_PAD, STEP):  # unrolled, so that all loads are in flight at once
         index = i + tl.arange(0, STEP)
         top = tl.load(state + 2 * index, mask=index < splits, other=float("-inf"))
         filled = top > float("-inf")
@@ -214,6 +231,7 @@ def combine_kernel(
     if EMPTY == EMPTY_MEAN:  # noqa: SIM102 (known while compiling, then known at run time)
         if empty:
             v_base = v + b * stride_vb + (h // GROUP) * stride_vh
+            v_base += tl.program_id(1) * DV_PAD * stride_vd
             value = mean_of_values(v_base, stride_vt, stride_vd, T, 0, DV_PAD, DV, BLOCK_N, WIDE)
     out += b * stride_ob + s * stride_os + h * stride_oh
     tl.store(out + cols, value.to(out.dtype.element_ty), mask=cols < DV)
@@ -235,3 +253,15 @@ def _store_columns(row_pointers, tile, valid, FIRST: tl.constexpr, WIDTH: tl.con
     if FIRST + WIDTH > USED:
         inside = inside & (cols[None, :] < USED)
     tl.store(row_pointers + cols[None, :], tile.to(row_pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _prefetch_rows(rows, BYTES: tl.constexpr):
+    """Call rows of BYTES each, which start at these pointers, into the L2; 128 bytes a line."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    LINES_PAD: tl.constexpr = triton.next_power_of_2(LINES)
+    line = tl.arange(0, LINES_PAD)
+    address = rows.to(tl.int64, bitcast=True)[:, None] + tl.minimum(line * 128, BYTES - 1)[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )

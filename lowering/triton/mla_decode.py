@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...arch import KIB, Arch
 from ...registry import Call
-from .arguments import DTYPES, card_of, device_guard, refusal
-from .attention_decode import decode_launch
+from .arguments import DTYPES, card_of, device_guard, launches_early, refusal
+from .attention_decode import decode_launch, launch_combine
 from .tiles import DecodeTiles
 
 MAX_QUERIES = 64
@@ -39,13 +39,19 @@ def mla_decode_refusal(call: Call, arch: Arch) -> str | None:
     return refusal(Call("attention", {**call.arguments, **seen}), arch)
 
 
-def mla_tiles(arch: Arch, latent: int, rows: int) -> DecodeTiles:
-    """Rows and keys of a program. A tile of latents is key and value, so it decides what fits."""
+def mla_tiles(arch: Arch, latent: int, rows: int, keys: int) -> DecodeTiles:
+    """Rows and keys that a program takes, for this many query rows a batch and keys in all batches.
+
+    A tile of latents is key and value, so it decides what fits. A short cache has too few blocks to keep all
+    multiprocessors busy, so its rows are shared out among more programs (timed on an H200, where shared memory allows
+    either).
+    """
     block_r = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    warps = 4 if block_r == 16 else 8
     if arch.smem_per_block >= 200 * KIB:
-        return DecodeTiles(block_r, 64, warps, 2)
-    return DecodeTiles(block_r, 16 if latent > 256 and block_r == 64 else 32, warps, 2)
+        if keys <= 48 * arch.sm_count:
+            block_r = 16
+        return DecodeTiles(block_r, 64, 8 if block_r > 16 else 4, 2 if block_r > 16 else 3, prefetch=block_r // 64)
+    return DecodeTiles(block_r, 16 if latent > 256 and block_r == 64 else 32, 4 if block_r == 16 else 8, 2)
 
 
 def mla_splits(arch: Arch, tiles: DecodeTiles, groups: int, keys: int) -> int:
@@ -76,7 +82,7 @@ def mla_decode(
         raise ValueError("mla_decode takes queries in latent space, and no weights")
     arch = card_of(q_nope)
     B, H, S, L = q_nope.shape
-    tiles = mla_tiles(arch, L, H * S)
+    tiles = mla_tiles(arch, L, H * S, B * latent.shape[1])
     splits = mla_splits(arch, tiles, B * -(-H * S // tiles.block_r), latent.shape[1])
     return run_mla_decode(
         tiles, splits, q_nope, q_rope, latent, k_rope, scale, causal, window_left, window_right, chunk, q_offset,
@@ -86,20 +92,24 @@ def mla_decode(
 
 def run_mla_decode(
     tiles: DecodeTiles, splits: int, q: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None,
-    *args: Any, **kwargs: Any,
+    *args: Any, follows: bool = False, **kwargs: Any,
 ) -> Tensor:  # fmt: skip
-    """`mla_decode` with the tiles and the number of splits given."""
-    from .decode_kernel import combine_kernel, decode_kernel
+    """`mla_decode` with the tiles and the number of splits given.
 
-    keys = latent[:, None]
+    follows: the kernel launched last is one of ours that lets the next one start early (`launches_early`).
+    """
+    from .decode_kernel import decode_kernel
+
+    keys, pdl = latent[:, None], launches_early(q)
     out, arguments, grid, combine = decode_launch(
-        q, keys, keys, *args, **kwargs, tiles=tiles, splits=splits, q_rope=q_rope, k_rope=k_rope
+        q, keys, keys, *args, **kwargs, tiles=tiles, splits=splits, q_rope=q_rope, k_rope=k_rope, pdl=pdl
     )
     B, H, S, L = q.shape
     if not out.numel() or not arguments["T"]:
         return q.new_zeros((B, H, S, L), dtype=out.dtype)
     with device_guard(out):
-        decode_kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+        launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "launch_pdl": pdl and follows}
+        decode_kernel[grid](**arguments, **launch)
         if combine is not None:
-            combine_kernel[(B * H * S,)](**combine, num_warps=tiles.combine_warps)
+            launch_combine(combine, out, tiles, pdl)
     return out.transpose(1, 2).contiguous()

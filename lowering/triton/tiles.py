@@ -32,13 +32,17 @@ class Tiles:
 
 @dataclass(frozen=True)
 class DecodeTiles:
-    """Query rows and keys that a decode program takes at a time, its warps and pipeline stages."""
+    """Query rows and keys that a decode program takes at a time, its warps and pipeline stages.
+
+    `prefetch`: blocks of keys that it calls into the L2 ahead of their loads.
+    """
 
     block_r: int
     block_n: int
     num_warps: int
     num_stages: int
     combine_warps: int = 4
+    prefetch: int = 0
 
 
 # The first row with room for both padded head dims is taken.

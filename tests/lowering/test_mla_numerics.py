@@ -75,7 +75,7 @@ def test_mla_decode(name: str, R: int, splits: int, run: Runner) -> None:  # noq
     if device == "cuda":
         cases = [(d, SMALL, L, R) for d in (torch.float16, torch.bfloat16)]
         for card in (of_device(0), by_name("rtx5090")):
-            cases += [(torch.bfloat16, mla_tiles(card, 512, 128), 512, 8 * R)]
+            cases += [(torch.bfloat16, mla_tiles(card, 512, 128, 8192), 512, 8 * R)]
     for dtype, tiles, latent, rope in cases:
         ops = operands(B, H if device == "cpu" else 40, S, T, latent, rope, dtype, device)
         heads = ops[0].shape[1]
@@ -98,7 +98,7 @@ def test_the_entry_point_at_real_sizes(H: int, S: int) -> None:
 
 def test_splits_fill_the_card_and_no_more() -> None:
     card = card_of(torch.empty(0))
-    tiles = mla_tiles(card, 512, 128)
+    tiles = mla_tiles(card, 512, 128, 8192)
     for groups in (1, 2, 16, 500):
         for keys in (1, 40, 4096, 1 << 17):
             splits = mla_splits(card, tiles, groups, keys)

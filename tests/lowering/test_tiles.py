@@ -115,7 +115,7 @@ def test_latent_decode_compiles_and_fits(card: str, heads: int) -> None:
     from sm12x_compile.offline import compile_kernel
 
     arch = by_name(card)
-    tiles = mla_tiles(arch, 512, heads)
+    tiles = mla_tiles(arch, 512, heads, 8192)
     latent, rope = meta(1, 1, 8192, 512), dict(q_rope=meta(1, heads, 1, 64), k_rope=meta(1, 8192, 64))
     given = dict(kv_len=meta(1, dtype=torch.int64), tiles=tiles, splits=8, **rope)
     arguments = decode_launch(meta(1, heads, 1, 512), latent, latent, 0.1, **given)[1]
