@@ -4,13 +4,15 @@
 
 Every time is the median of CUDA graph replays over four rotated sets of weights and caches. "whole" is the code that
 expands the cache, compiled by our backend, "Inductor" the same code compiled by Inductor, "attention" the kernel
-between the absorbed projections; "plain torch" is the absorbed form in ordinary ops. The floor
-is bytes over the copy bandwidth of this run. "SM12x tiles" are those of an RTX 5090 on the GPU at hand.
+between the absorbed projections; "plain torch" is the absorbed form in ordinary ops; "FlashInfer" its paged kernels for
+that attention, where the package is installed. The floor is bytes over the copy bandwidth of this run. "SM12x tiles"
+are those of an RTX 5090 on the GPU at hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 from dataclasses import replace
@@ -70,6 +72,27 @@ def attention(tiles: DecodeTiles, splits: int, x: tuple[Tensor, ...]) -> Tensor:
     return run_mla_decode(tiles, splits, *x, SCALE)
 
 
+def flashinfer_attention(backend: str, x: tuple[Tensor, ...], page: int = 64) -> partial[Tensor]:
+    """FlashInfer's attention over the same latents seen as pages, planned outside of what is timed."""
+    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+
+    q, q_rope, latent, k_rope = x
+    B, T, _ = latent.shape
+    wrapper = BatchMLAPagedAttentionWrapper(torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"), backend=backend)
+    starts = torch.arange(B + 1, dtype=torch.int32, device="cuda")
+    pages = T // page
+    wrapper.plan(
+        qo_indptr=starts, kv_indptr=starts * pages, num_heads=H, head_dim_ckv=L, head_dim_kpe=R, page_size=page,
+        kv_indices=torch.arange(B * pages, dtype=torch.int32, device="cuda"), causal=False, sm_scale=SCALE,
+        kv_len_arr=torch.full((B,), T, dtype=torch.int32, device="cuda"), q_data_type=q.dtype, kv_data_type=q.dtype,
+    )  # fmt: skip
+    return partial(
+        wrapper.run, q_nope=q[:, :, 0].contiguous(), q_pe=q_rope[:, :, 0].contiguous(),
+        ckv_cache=latent.view(B * pages, page, L), kpe_cache=k_rope.view(B * pages, page, R),
+        out=torch.empty(B, H, L, device="cuda", dtype=q.dtype),
+    )  # fmt: skip
+
+
 def measure(B: int, T: int, bandwidth: float, sweep: bool) -> dict[str, Any]:
     sets = inputs(B, T)
     truth = mla.reference(*(t.double() for t in sets[0]), SCALE)
@@ -86,9 +109,12 @@ def measure(B: int, T: int, bandwidth: float, sweep: bool) -> dict[str, Any]:
         "plain torch": graph_time([partial(plain, x) for x in sets]),
     }
     for name, card in (("attention", of_device(0)), ("attention, SM12x tiles", by_name("rtx5090"))):
-        tiles = mla_tiles(card, L, H, T)
+        tiles = mla_tiles(card, L, H, B * T)
         splits = mla_splits(of_device(0), tiles, B * -(-H // tiles.block_r), T)
         ms[name] = graph_time([partial(attention, tiles, splits, x) for x in latent_sets])
+    if importlib.util.find_spec("flashinfer"):
+        for backend in ("fa2", "fa3"):
+            ms[f"FlashInfer {backend}"] = graph_time([flashinfer_attention(backend, x) for x in latent_sets])
     row: dict[str, Any] = {
         "B": B, "T": T, "kernel": site.sites[0].kernel, "relative_error": error,
         "ms": {k: round(v * 1e3, 4) for k, v in ms.items()},

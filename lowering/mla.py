@@ -5,9 +5,9 @@ With the up-projections in hand there are two ways to add up the same numbers:
     expanded   keys and values of every head, then `sm12x::attention`: fewer operations for long prompts
     absorbed   queries taken into latent space, one KV head for all, the cache read as it is: decode
 
-The operation counts decide (`ops/mla.py`), by the sizes the graph was compiled for. `triton.mla_absorbed` is all of
-the absorbed form, for one token. Otherwise both end in another semantic op, which is lowered in turn; what is left of
-the absorbed form is `mla` without weights:
+The operation counts decide (`ops/mla.py`), by the sizes the graph was compiled for. On a GPU, `triton.mla_prefill` is
+all of the expanded form, and `triton.mla_absorbed` all of the absorbed one for a single token. Otherwise both end in
+another semantic op, which is lowered in turn; what is left of the absorbed form is `mla` without weights:
 
     triton.mla_decode   split-KV decode over the latents in place
     aten                the reference's formula in plain ATen, fused by Inductor
@@ -28,6 +28,9 @@ from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
 from .select import hinted
 from .triton.mla_absorbed import mla_absorbed, mla_absorbed_refusal
 from .triton.mla_decode import mla_decode, mla_decode_refusal
+from .triton.mla_prefill import expand, mla_prefill, mla_prefill_refusal
+
+LONG_PROMPT = 4096  # benchmarks/results/latent_prefill-h200.json
 
 
 def _accepts_expanded(call: Call, arch: Arch) -> Verdict:
@@ -55,9 +58,7 @@ def expanded(
     scale: float, **masks: Any,
 ) -> Tensor:  # fmt: skip
     """Keys and values of every head."""
-    k = torch.matmul(latent[:, None], w_uk.mT)
-    v = torch.matmul(latent[:, None], w_uv.mT)
-    q = q_nope
+    q, k, v = q_nope, expand(latent, w_uk), expand(latent, w_uv)
     if q_rope is not None and k_rope is not None:
         q = torch.cat([q_nope, q_rope], dim=-1)
         k = torch.cat([k, k_rope[:, None].expand(-1, k.shape[1], -1, -1)], dim=-1)
@@ -89,6 +90,15 @@ def _accepts_one_token(call: Call, arch: Arch) -> Verdict:
     return No(refusal) if refusal else absorbed
 
 
+def _accepts_prefill(call: Call, arch: Arch) -> Verdict:
+    expanded = _accepts_expanded(call, arch)
+    if expanded and arch.wgmma and call.hint(call.q_nope.shape[2]) > LONG_PROMPT:
+        return No(f"over {LONG_PROMPT} queries SDPA is faster on this card, if it takes more memory")
+    refusal = mla_prefill_refusal(call, arch) if expanded else None
+    return No(refusal) if refusal else expanded
+
+
+register_kernel("mla", "triton.mla_prefill", accepts=_accepts_prefill, merit=45)(mla_prefill)
 register_kernel("mla", "triton.mla_absorbed", accepts=_accepts_one_token, merit=35)(mla_absorbed)
 register_kernel("mla", "triton.mla_decode", accepts=_accepts_decode, merit=20)(mla_decode)
 

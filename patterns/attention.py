@@ -34,7 +34,7 @@ from .roles import Problem, assign_roles
 @register_pattern("attention", anchors=ANCHORS, merit=0)
 def attention(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     """Recognise one attention at its softmax."""
-    problem = read_problem(anchor)
+    problem = graph.once(read_problem, anchor)
     if not isinstance(problem, Problem):
         return problem
     roles = assign_roles(problem)

@@ -39,7 +39,7 @@ aten = torch.ops.aten
 @register_pattern("mla", anchors=ANCHORS, merit=10)
 def mla(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     """Recognise one latent attention at its softmax; None leaves it to `attention`."""
-    problem = read_problem(anchor)
+    problem = graph.once(read_problem, anchor)
     if not isinstance(problem, Problem):
         return None
     roles = assign_roles(problem.subs(refine(_inside(problem))))

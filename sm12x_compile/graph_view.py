@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,13 @@ class GraphView:
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self.graph = gm.graph
+        self._read: dict[Any, Any] = {}
+
+    def once(self, read: Callable[[Node], Any], node: Node) -> Any:
+        """``read(node)``, remembered until the graph changes: families that build on one another share a reading."""
+        if (read, node) not in self._read:
+            self._read[read, node] = read(node)
+        return self._read[read, node]
 
     # ------------------------------------------------------------ new nodes
 
@@ -111,6 +118,7 @@ class GraphView:
         what ops of others read keeps the strides that it had: a user's `.view` after the graph, the order of
         random numbers and kernels that were promised a contiguous tensor hang on them.
         """
+        self._read.clear()
         node.replace_all_uses_with(value, delete_user_cb=lambda user: user is not value)
         before = {value: node.meta["val"]}
         while (minded := self._spread(value, before)) is not None:

@@ -184,13 +184,17 @@ def operands(
     return a
 
 
-def rope_operands(q_rope: Tensor | None, k_rope: Tensor | None) -> dict[str, Any]:
-    """The rotary part of latent attention, ``[B, H, S, R]`` and ``[B, T, R]``, or nothing."""
+def rope_operands(q_rope: Tensor | None, k_rope: Tensor | None, wide: bool) -> dict[str, Any]:
+    """The rotary part of latent attention, ``[B, H, S, R]`` and ``[B, T, R]``, or nothing.
+
+    wide: whether the other operands' offsets may overflow int32.
+    """
     names = ("stride_qrb", "stride_qrh", "stride_qrs", "stride_qrd", "stride_krb", "stride_krt", "stride_krd")
     a: dict[str, Any] = {"q_rope": q_rope, "k_rope": k_rope, "ROPE": 0, "ROPE_PAD": 0}
     if q_rope is None or k_rope is None:
         return a | dict.fromkeys(names)
     a |= zip(names, (*q_rope.stride(), *k_rope.stride()), strict=True)
+    a["WIDE"] = wide or max(map(abs, (*q_rope.stride()[2:], *k_rope.stride()[1:]))) >= 1 << 22
     a["ROPE"] = q_rope.shape[3]
     a["ROPE_PAD"] = max(16, 1 << (q_rope.shape[3] - 1).bit_length())
     return a

@@ -47,7 +47,7 @@ def decode_launch(
     a["stride_ob"], a["stride_os"], a["stride_oh"], _ = out.stride()
     a["splits"] = splits
     a["KV_HEADS"] = Hkv
-    a |= rope_operands(q_rope, k_rope)
+    a |= rope_operands(q_rope, k_rope, a["WIDE"])
     a["SHARED"] = v is k and not a["D_REST"]  # latents are keys and values at once
     a["BLOCK_R"], a["BLOCK_N"] = tiles.block_r, tiles.block_n
     a["PREFETCH"] = tiles.prefetch if k.device.type != "cpu" and k.stride(-1) == 1 else 0  # not interpreted

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import card_of, check, device_guard, operands, refusal, row_tiles
+from .arguments import card_of, check, device_guard, operands, refusal, rope_operands, row_tiles
 from .tiles import Tiles, prefill_tiles, spans_few_blocks
 
 
@@ -25,9 +25,12 @@ def prefill_launch(
     kv_len: Tensor | None = None, key_padding: Tensor | None = None, q_segments: Tensor | None = None,
     k_segments: Tensor | None = None, bias: Tensor | None = None, softcap: float = 0.0,
     sinks: Tensor | None = None, empty_rows: str = "zero", out_dtype: torch.dtype | None = None,
-    *, tiles: Tiles,
+    *, tiles: Tiles, q_rope: Tensor | None = None, k_rope: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any], tuple[int, int]]:  # fmt: skip
-    """The result's storage ``[B, S, Hq, Dv]``, the kernel's arguments by name, and the grid."""
+    """The result's storage ``[B, S, Hq, Dv]``, the kernel's arguments by name, and the grid.
+
+    q_rope, k_rope: a second part of q and k, ``[B, Hq, S, R]`` and ``[B, T, R]``, which all heads share.
+    """
     B, Hq, S, _ = q.shape
     out = q.new_empty((B, S, Hq, v.shape[3]), dtype=out_dtype or v.dtype)
     a = operands(
@@ -37,6 +40,8 @@ def prefill_launch(
     a["out"] = out
     a["stride_ob"], a["stride_os"], a["stride_oh"], _ = out.stride()
     a["HEADS"] = Hq
+    a |= rope_operands(q_rope, k_rope, a["WIDE"])
+    a["D_REST"] = a.pop("ROPE_PAD") or a["D_REST"]
     a["BLOCK_M"], a["BLOCK_N"] = tiles.block_m, tiles.block_n
     a["NARROW"] = spans_few_blocks(tiles, causal, window_left, window_right)
     return out, a, (B * Hq, -(-S // tiles.block_m))

@@ -66,7 +66,7 @@ def mla_absorbed(
     """
     arch = card_of(q_nope)
     H, (T, L) = q_nope.shape[1], latent.shape[1:]
-    tiles = mla_tiles(arch, L, H, T)
+    tiles = mla_tiles(arch, L, H, T, bias is not None)
     splits = mla_splits(arch, tiles, -(-H // tiles.block_r), T)
     return run_mla_absorbed(
         tiles, splits, q_nope, q_rope, latent, k_rope, w_uk, w_uv, out_dtype, scale, causal, window_left,

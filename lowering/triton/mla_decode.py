@@ -39,18 +39,21 @@ def mla_decode_refusal(call: Call, arch: Arch) -> str | None:
     return refusal(Call("attention", {**call.arguments, **seen}), arch)
 
 
-def mla_tiles(arch: Arch, latent: int, rows: int, keys: int) -> DecodeTiles:
+def mla_tiles(arch: Arch, latent: int, rows: int, keys: int, bias: bool = False) -> DecodeTiles:
     """Rows and keys that a program takes, for this many query rows a batch and keys in all batches.
 
     A tile of latents is key and value, so it decides what fits. A short cache has too few blocks to keep all
     multiprocessors busy, so its rows are shared out among more programs (timed on an H200, where shared memory allows
-    either).
+    either). A bias is a tile of its own.
     """
     block_r = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if arch.smem_per_block >= 200 * KIB:
         if keys <= 48 * arch.sm_count:
             block_r = 16
-        return DecodeTiles(block_r, 64, 8 if block_r > 16 else 4, 2 if block_r > 16 else 3, prefetch=block_r // 64)
+        block_n = 64 if arch.wgmma and not bias else 32
+        if block_r == 16:
+            return DecodeTiles(16, block_n, 4, 3)
+        return DecodeTiles(block_r, block_n, 8, 2, prefetch=1)
     return DecodeTiles(block_r, 16 if latent > 256 and block_r == 64 else 32, 4 if block_r == 16 else 8, 2)
 
 
@@ -82,7 +85,7 @@ def mla_decode(
         raise ValueError("mla_decode takes queries in latent space, and no weights")
     arch = card_of(q_nope)
     B, H, S, L = q_nope.shape
-    tiles = mla_tiles(arch, L, H * S, B * latent.shape[1])
+    tiles = mla_tiles(arch, L, H * S, B * latent.shape[1], bias is not None)
     splits = mla_splits(arch, tiles, B * -(-H * S // tiles.block_r), latent.shape[1])
     return run_mla_decode(
         tiles, splits, q_nope, q_rope, latent, k_rope, scale, causal, window_left, window_right, chunk, q_offset,
@@ -104,12 +107,11 @@ def run_mla_decode(
     out, arguments, grid, combine = decode_launch(
         q, keys, keys, *args, **kwargs, tiles=tiles, splits=splits, q_rope=q_rope, k_rope=k_rope, pdl=pdl
     )
-    B, H, S, L = q.shape
     if not out.numel() or not arguments["T"]:
-        return q.new_zeros((B, H, S, L), dtype=out.dtype)
+        return out.zero_().transpose(1, 2)
     with device_guard(out):
         launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "launch_pdl": pdl and follows}
         decode_kernel[grid](**arguments, **launch)
         if combine is not None:
             launch_combine(combine, out, tiles, pdl)
-    return out.transpose(1, 2).contiguous()
+    return out.transpose(1, 2)

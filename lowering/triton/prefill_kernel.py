@@ -33,9 +33,11 @@ RIGHT: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def _attend(acc, acc_rest, m, l, q, q_rest, start, end, stop, row_lo, row_hi, q_seg, rows, S,
-            k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
-            pad_base, stride_pad, seg_base, stride_seg, bias_base, stride_bs, stride_bt,
+            k_base, stride_kt, stride_kd, rest_base, stride_rt, stride_rd,
+            v_base, stride_vt, stride_vd, scale, softcap, pad_base, stride_pad, seg_base, stride_seg,
+            bias_base, stride_bs, stride_bt,
             D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr,
+            REST_FIRST: tl.constexpr, REST_END: tl.constexpr,
             DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr,
             BLOCK_N: tl.constexpr, EDGE: tl.constexpr, NATURAL: tl.constexpr, BIAS: tl.constexpr,
             IEEE: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
@@ -51,7 +53,10 @@ def _attend(acc, acc_rest, m, l, q, q_rest, start, end, stop, row_lo, row_hi, q_
         k = load_tile(k_block, key_rows, stride_kt, stride_kd, limit, 0, D_MAIN, D, EDGE != INNER)
         x = product(q, k, IEEE)
         if D_REST > 0:
-            k_rest = load_tile(k_block, key_rows, stride_kt, stride_kd, limit, D_MAIN, D_REST, D, EDGE != INNER)
+            rest = rest_base + tl.cast(n, tl.int64) * stride_rt
+            k_rest = load_tile(
+                rest, key_rows, stride_rt, stride_rd, limit, REST_FIRST, D_REST, REST_END, EDGE != INNER
+            )
             x += product(q_rest, k_rest, IEEE)
         if NATURAL:
             x = x * scale
@@ -113,7 +118,8 @@ def prefill_kernel(
     q_segments, stride_qsb, stride_qss, k_segments, stride_ksb, stride_kst,
     bias, stride_bb, stride_bh, stride_bs, stride_bt,
     sinks, stride_sink,
-    HEADS: tl.constexpr, GROUP: tl.constexpr,
+    q_rope, stride_qrb, stride_qrh, stride_qrs, stride_qrd, k_rope, stride_krb, stride_krt, stride_krd,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROPE: tl.constexpr,
     D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr,
     DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, NATURAL: tl.constexpr, EMPTY: tl.constexpr,
@@ -124,6 +130,8 @@ def prefill_kernel(
     NATURAL: scores are kept in natural units, because a bias near finfo.min would overflow in units of log 2;
     otherwise `scale` already holds log2(e) and scores become powers of two in one multiply-add.
     NARROW: the window spans so few blocks that one masked run is faster than starting up three.
+    ROPE: width of a second part of q and k, in tensors of their own; all heads share that of k. Takes the place of the
+    second tile of a head dim.
     """
     LEFT_EDGE: tl.constexpr = window_left is not None or chunk is not None
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
@@ -152,9 +160,20 @@ def prefill_kernel(
     q_base = q + b * stride_qb + h * stride_qh + first.to(tl.int64) * stride_qs
     q_main = load_tile(q_base, io_rows, stride_qs, stride_qd, S - first, 0, D_MAIN, D, True)
     q_rest = q_main
-    if D_REST > 0:
-        q_rest = load_tile(q_base, io_rows, stride_qs, stride_qd, S - first, D_MAIN, D_REST, D, True)
     k_base = k + b * stride_kb + (h // GROUP) * stride_kh
+    rest_base = k_base
+    stride_rt = stride_kt
+    stride_rd = stride_kd
+    REST_FIRST: tl.constexpr = 0 if ROPE > 0 else D_MAIN
+    REST_END: tl.constexpr = ROPE if ROPE > 0 else D
+    if ROPE > 0:
+        rest_base = k_rope + b * stride_krb
+        stride_rt = stride_krt
+        stride_rd = stride_krd
+        turned = q_rope + b * stride_qrb + h * stride_qrh + first.to(tl.int64) * stride_qrs
+        q_rest = load_tile(turned, io_rows, stride_qrs, stride_qrd, S - first, 0, D_REST, ROPE, True)
+    elif D_REST > 0:
+        q_rest = load_tile(q_base, io_rows, stride_qs, stride_qd, S - first, D_MAIN, D_REST, D, True)
     v_base = v + b * stride_vb + (h // GROUP) * stride_vh
     pad_base = None
     if key_padding is not None:
@@ -177,22 +196,25 @@ def prefill_kernel(
     if LEFT_EDGE:
         acc, acc_rest, m, l = _attend(
             acc, acc_rest, m, l, q_main, q_rest, left, tl.minimum(left_end, hi), hi, row_lo, row_hi, q_seg, rows, S,
-            k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
-            pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
-            D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, LEFT, NATURAL, BIAS, IEEE, WIDE,
+            k_base, stride_kt, stride_kd, rest_base, stride_rt, stride_rd,
+            v_base, stride_vt, stride_vd, scale, softcap, pad_base, stride_pt, seg_base, stride_kst,
+            bias_base, stride_bs, stride_bt,
+            D, D_MAIN, D_REST, REST_FIRST, REST_END, DV, DV_MAIN, DV_REST, BLOCK_N, LEFT, NATURAL, BIAS, IEEE, WIDE,
         )  # fmt: skip
     if not NARROW:
         acc, acc_rest, m, l = _attend(
             acc, acc_rest, m, l, q_main, q_rest, left_end, middle_end, hi, row_lo, row_hi, q_seg, rows, S,
-            k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
-            pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
-            D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, INNER, NATURAL, BIAS, IEEE, WIDE,
+            k_base, stride_kt, stride_kd, rest_base, stride_rt, stride_rd,
+            v_base, stride_vt, stride_vd, scale, softcap, pad_base, stride_pt, seg_base, stride_kst,
+            bias_base, stride_bs, stride_bt,
+            D, D_MAIN, D_REST, REST_FIRST, REST_END, DV, DV_MAIN, DV_REST, BLOCK_N, INNER, NATURAL, BIAS, IEEE, WIDE,
         )  # fmt: skip
         acc, acc_rest, m, l = _attend(
             acc, acc_rest, m, l, q_main, q_rest, middle_end, hi, hi, row_lo, row_hi, q_seg, rows, S,
-            k_base, stride_kt, stride_kd, v_base, stride_vt, stride_vd, scale, softcap,
-            pad_base, stride_pt, seg_base, stride_kst, bias_base, stride_bs, stride_bt,
-            D, D_MAIN, D_REST, DV, DV_MAIN, DV_REST, BLOCK_N, RIGHT, NATURAL, BIAS, IEEE, WIDE,
+            k_base, stride_kt, stride_kd, rest_base, stride_rt, stride_rd,
+            v_base, stride_vt, stride_vd, scale, softcap, pad_base, stride_pt, seg_base, stride_kst,
+            bias_base, stride_bs, stride_bt,
+            D, D_MAIN, D_REST, REST_FIRST, REST_END, DV, DV_MAIN, DV_REST, BLOCK_N, RIGHT, NATURAL, BIAS, IEEE, WIDE,
         )  # fmt: skip
 
     sink = 0.0

@@ -40,7 +40,7 @@ def mla_fake(
     out_dtype = kwargs.get("out_dtype", args[-1] if len(args) == _OPTIONAL else None)
     B, H, S, _ = q_nope.shape
     width = latent.shape[2] if w_uv is None else w_uv.shape[1]
-    return q_nope.new_empty((B, H, S, width), dtype=out_dtype or latent.dtype)
+    return q_nope.new_empty((B, S, H, width), dtype=out_dtype or latent.dtype).transpose(1, 2)
 
 
 def mla_forms(a: dict[str, Any]) -> tuple[Cost, Cost | None]:
@@ -119,7 +119,8 @@ def mla(
         out_dtype: dtype of the result; default that of ``latent``.
 
     Returns:
-        ``[B, H, S, V]``, or ``[B, H, S, L]`` without the weights.
+        ``[B, H, S, V]``, or ``[B, H, S, L]`` without the weights: a transposed view of ``[B, S, H, V]``, which is
+        what callers go on with.
 
     Raises:
         ValueError: the shapes or ``empty_rows`` are not as above, or only one rotary part or weight is given.
@@ -144,7 +145,7 @@ def mla(
     )  # fmt: skip
     mixed = (weights.reshape(B, H * S, -1) @ value).reshape(B, H, S, L)
     out = mixed if w_uv is None else per_head(mixed, w_uv.to(wide).mT)
-    return out.to(out_dtype or latent.dtype).contiguous()
+    return out.transpose(1, 2).to(out_dtype or latent.dtype).contiguous().transpose(1, 2)
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The latent decode kernel against the reference in fp64: interpreted here, native where a GPU is."""
+"""The kernels of latent attention against the reference in fp64: interpreted here, native where a GPU is."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from sm12x_compile.ops import mla
 from .test_triton_numerics import BOUND, run  # noqa: F401 (the fixture)
 
 MODULE = "sm12x_compile.lowering.triton.mla_decode"
+ABSORBED = "sm12x_compile.lowering.triton.mla_absorbed"
+PREFILL = "sm12x_compile.lowering.triton.mla_prefill"
 Runner = Callable[..., Tensor]
 SMALL = DecodeTiles(16, 16, 4, 2)
 
@@ -55,13 +57,22 @@ def masks_of(name: str, B: int, H: int, S: int, T: int, device: str) -> dict[str
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
 
 
-def expected(ops: tuple[Any, ...], scale: float, masks: dict[str, Any]) -> Tensor:
+def weights(H: int, N: int, V: int, L: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of one parameter, as the halves of an up-projection are."""
+    both = torch.randn(H, N + V, L, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * L**-0.5
+    both = both.to(like)
+    return both[:, :N], both[:, N:]
+
+
+def expected(
+    ops: tuple[Any, ...], scale: float, masks: dict[str, Any], w: tuple[Any, Any] = (None, None)
+) -> Tensor:
     wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in masks.items()}
-    return mla.reference(*(None if x is None else x.double() for x in ops), None, None, scale, **wide)
+    return mla.reference(*(None if x is None else x.double() for x in (*ops, *w)), scale, **wide)
 
 
 def assert_close(out: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    assert out.shape == wanted.shape and out.dtype == dtype and out.is_contiguous()
+    assert out.shape == wanted.shape and out.dtype == dtype and out.transpose(1, 2).is_contiguous()
     assert (out.double() - wanted).norm() <= BOUND[dtype] * wanted.norm().clamp(min=1e-30)
 
 
@@ -75,13 +86,53 @@ def test_mla_decode(name: str, R: int, splits: int, run: Runner) -> None:  # noq
     if device == "cuda":
         cases = [(d, SMALL, L, R) for d in (torch.float16, torch.bfloat16)]
         for card in (of_device(0), by_name("rtx5090")):
-            cases += [(torch.bfloat16, mla_tiles(card, 512, 128, 8192), 512, 8 * R)]
+            for keys in (T, 8192):
+                cases += [(torch.bfloat16, mla_tiles(card, 512, 128, keys, name == "bias"), 512, 8 * R)]
     for dtype, tiles, latent, rope in cases:
         ops = operands(B, H if device == "cpu" else 40, S, T, latent, rope, dtype, device)
         heads = ops[0].shape[1]
         masks = masks_of(name, B, heads, S, T, device)
         out = run(MODULE, "run_mla_decode", tiles, splits, *ops, 0.3, **masks)
         assert_close(out, expected(ops, 0.3, masks), dtype)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("name", MASKS)
+def test_mla_absorbed(name: str, splits: int, run: Runner) -> None:  # noqa: F811
+    device = run.device  # type: ignore[attr-defined]
+    H, T, N, V = 5, 53, 24, 40  # widths that are no powers of two
+    cases = [(torch.float32, SMALL, 32, 8)]
+    if device == "cuda":
+        cases = [(d, SMALL, 64, 8) for d in (torch.float16, torch.bfloat16)]
+        for card in (of_device(0), by_name("rtx5090")):
+            cases += [(torch.bfloat16, mla_tiles(card, 512, H, T, name == "bias"), 512, 64)]
+    for dtype, tiles, L, R in cases:
+        ops = operands(1, H, 1, T, N, R, dtype, device)
+        latent = operands(1, H, 1, T, L, R, dtype, device)[2]
+        ops, w = (*ops[:2], latent, ops[3]), weights(H, N, V, L, latent)
+        masks = masks_of(name, 1, H, 1, T, device)
+        out = run(ABSORBED, "run_mla_absorbed", tiles, splits, *ops, *w, None, 0.3, **masks)
+        assert_close(out, expected(ops, 0.3, masks, w), dtype)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize("R", [0, 8])
+@pytest.mark.parametrize("name", MASKS)
+def test_mla_prefill(name: str, R: int, joined: bool, run: Runner) -> None:  # noqa: F811
+    device = run.device  # type: ignore[attr-defined]
+    B, H, S, T, N, V, L = 2, 6, 21, 53, 16, 24, 32
+    cases = [(torch.float32, N, V, R)]
+    if device == "cuda":
+        cases = [(d, N, V, R) for d in (torch.float16, torch.bfloat16)] + [(torch.bfloat16, 128, 128, 8 * R)]
+    for dtype, nope, v_dim, rope in cases:
+        ops = operands(B, H, S, T, nope, rope, dtype, device)
+        latent = operands(B, H, S, T, L, rope, dtype, device)[2]
+        ops, w = (*ops[:2], latent, ops[3]), weights(H, nope, v_dim, L, latent)
+        if not joined:
+            w = (w[0][::2].clone(), w[1][::2].clone())  # pairs of heads share one
+        masks = masks_of(name, B, H, S, T, device)
+        out = run(PREFILL, "mla_prefill", *ops, *w, 0.3, **masks)
+        assert_close(out, expected(ops, 0.3, masks, w), dtype)
 
 
 @pytest.mark.gpu
