@@ -132,12 +132,12 @@ def mla(
     if w_uk is not None:
         query = per_head(query, w_uk.to(wide))
     B, H, S, L = query.shape
-    # One KV head that all query heads read.
-    scores = query.reshape(B, H * S, L) @ value.mT
+    # One KV head that all query heads read. Keys are the rows: CPU libraries do badly with few rows and many columns.
+    scores = value @ query.reshape(B, H * S, L).mT
     if q_rope is not None and k_rope is not None:
-        scores = scores + q_rope.to(wide).reshape(B, H * S, -1) @ k_rope.to(wide).mT
+        scores = scores + k_rope.to(wide) @ q_rope.to(wide).reshape(B, H * S, -1).mT
     weights = attention_weights(
-        scores.reshape(B, H, S, -1) * scale,
+        scores.mT.reshape(B, H, S, -1) * scale,
         causal=causal, window_left=window_left, window_right=window_right, chunk=chunk,
         q_offset=q_offset, q_shift=q_shift, kv_len=kv_len, key_padding=key_padding,
         q_segments=q_segments, k_segments=k_segments, bias=bias, softcap=softcap, sinks=sinks,
