@@ -1,4 +1,4 @@
-"""The command line: ``python -m sm12x_compile demo | explain | doctor``, also installed as ``sm12x-compile``.
+"""The command line: ``python -m sm12x_compile demo | explain | doctor | prove``, also installed as ``sm12x-compile``.
 
 Exit codes: 0 fine; 1 something disagrees or is broken; 2 the command cannot be carried out as it was given.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -161,6 +162,42 @@ def doctor(arch: ArchOption = "auto", as_json: JsonFlag = False) -> None:
     else:
         _console().print(the_doctor.render(found, ops))
     if not the_doctor.healthy(found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def prove(
+    arch: Annotated[list[str] | None, typer.Option(help="Card or family; may be given several times. "
+                                                        "Default: sm120 and sm121.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel; may be given several times.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Only so many configurations, the same each time.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; default: as many as cores.")] = None,
+    as_json: JsonFlag = False,
+) -> None:  # fmt: skip
+    """Compile every Triton kernel in every configuration that a card would get, with no such card at hand.
+
+    Reads back registers, spills, shared memory and matrix instructions. Exits with 1 on any violation.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from . import prove as the_proof
+    from .proof_table import render
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("proving", total=None)
+            proofs = the_proof.prove(
+                arch or ("sm120", "sm121"), kernel or (), sample, jobs,
+                lambda done, total, proof: bar.update(task, completed=done, total=total, description=proof.kernel),
+            )  # fmt: skip
+    except the_proof.ProofError as error:
+        raise _fail(error) from None
+    if as_json:
+        print(json.dumps([asdict(proof) for proof in proofs], indent=2))
+    else:
+        _console().print(render(proofs))
+    if any(proof.violations for proof in proofs):
         raise typer.Exit(1)
 
 

@@ -77,12 +77,17 @@ def combine_width(v_head_dim: int, rows: int) -> int:
 
 
 def launch_combine(combine: dict[str, Any], out: Tensor, tiles: DecodeTiles, pdl: bool) -> None:
-    """One program for every row of the result and every share of its columns; a share takes two warps."""
+    """One program for every row of the result and every share of its columns."""
     from .decode_kernel import combine_kernel
 
-    rows, width = out.shape[0] * out.shape[1] * out.shape[2], combine["DV_PAD"]
-    warps = 2 if width < combine["DV"] else tiles.combine_warps
-    combine_kernel[rows, -(-out.shape[3] // width)](**combine, num_warps=warps, launch_pdl=pdl)
+    rows = out.shape[0] * out.shape[1] * out.shape[2]
+    grid = rows, -(-out.shape[3] // combine["DV_PAD"])
+    combine_kernel[grid](**combine, num_warps=combine_warps(combine, tiles), launch_pdl=pdl)
+
+
+def combine_warps(combine: dict[str, Any], tiles: DecodeTiles) -> int:
+    """Warps of the combining kernel: two for a share of a row."""
+    return 2 if combine["DV_PAD"] < combine["DV"] else tiles.combine_warps
 
 
 def attention_decode(
