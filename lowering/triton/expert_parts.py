@@ -1,0 +1,160 @@
+"""Device functions of the expert kernels: MXFP4 turned into bf16 or fp32, activations, tiles of weights.
+
+MXFP4 (OCP Microscaling Formats v1.0, 2023): a byte holds two E2M1 numbers, the even one in the low nibble, and 32
+neighbours share a scale 2^(s - 127). Both factors, and every product of them, are exact in bf16: an E2M1 nibble
+``seem`` put where bf16 has its sign and lowest bits of exponent is the number times 2^-126, also where it is
+subnormal. So two exact multiplications make the weight, and no table is read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LINEAR: tl.constexpr = tl.constexpr(0)
+SILU: tl.constexpr = tl.constexpr(1)
+GELU: tl.constexpr = tl.constexpr(2)
+GELU_TANH: tl.constexpr = tl.constexpr(3)
+SWIGLU_OAI: tl.constexpr = tl.constexpr(4)
+RELU2: tl.constexpr = tl.constexpr(5)
+
+TWO_126: tl.constexpr = tl.constexpr(2.0**126)
+
+# Four bytes b0..b3 in one register, to bf16 of the low nibbles ($0: b0 and b1, $1: b2 and b3) and of the high ones
+# ($2, $3), all times 2^-126. Two numbers are worked on at once, which Triton's own integer operations cannot do.
+UNPACK_E2M1: tl.constexpr = tl.constexpr("""
+{
+    .reg .b32 p, q, s, m;
+    prmt.b32 p, $4, 0, 0x1404;
+    prmt.b32 q, $4, 0, 0x3424;
+    shl.b32 s, p, 4;
+    and.b32 s, s, 0x80008000;
+    shr.u32 m, p, 2;
+    and.b32 m, m, 0x01C001C0;
+    or.b32 $0, s, m;
+    shl.b32 s, q, 4;
+    and.b32 s, s, 0x80008000;
+    shr.u32 m, q, 2;
+    and.b32 m, m, 0x01C001C0;
+    or.b32 $1, s, m;
+    and.b32 s, p, 0x80008000;
+    shr.u32 m, p, 6;
+    and.b32 m, m, 0x01C001C0;
+    or.b32 $2, s, m;
+    and.b32 s, q, 0x80008000;
+    shr.u32 m, q, 6;
+    and.b32 m, m, 0x01C001C0;
+    or.b32 $3, s, m;
+}
+""")
+
+
+@triton.jit
+def e2m1(packed, WIDE: tl.constexpr):
+    """The low and the high nibbles of bytes as numbers: bf16, or fp32 if WIDE."""
+    if WIDE:
+        codes = packed.to(tl.uint32)
+        low = ((codes & 8) << 28) | ((codes & 7) << 22)
+        high = ((codes & 128) << 24) | ((codes & 112) << 18)
+        low = low.to(tl.float32, bitcast=True)
+        high = high.to(tl.float32, bitcast=True)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            UNPACK_E2M1, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    return low * TWO_126, high * TWO_126
+
+
+@triton.jit
+def e8m0(scale, WIDE: tl.constexpr):
+    """2^(s - 127) in bf16, or in fp32 if WIDE. Byte 255 is NaN; byte 0 is a subnormal number, not zero."""
+    odd = (scale == 0) | (scale == 255)
+    if WIDE:
+        bits = (scale.to(tl.uint32) << 23) | tl.where(odd, 1 << 22, 0).to(tl.uint32)
+        value = bits.to(tl.float32, bitcast=True)
+    else:
+        bits = (scale.to(tl.uint16) << 7) | tl.where(odd, 1 << 6, 0).to(tl.uint16)
+        value = bits.to(tl.bfloat16, bitcast=True)
+    return value
+
+
+@triton.jit
+def dequantise(packed, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """``[ROWS, COLUMNS / 2]`` bytes and ``[ROWS, COLUMNS / 32]`` scales to ``[ROWS, COLUMNS]`` numbers, exactly."""
+    low, high = e2m1(packed, WIDE)
+    blocks = tl.reshape(tl.interleave(low, high), (ROWS, COLUMNS // 32, 32))
+    return tl.reshape(blocks * e8m0(scale, WIDE)[:, :, None], (ROWS, COLUMNS))
+
+
+@triton.jit
+def load_weights(w, scale, rows, stride_n, stride_k, stride_sn, stride_sk, k, N, K,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+                 WIDE: tl.constexpr):  # fmt: skip
+    """Columns k to k + BLOCK_K of some rows of a weight, zero past N and K: plain, or packed if there are scales.
+
+    w, scale: at row 0 and at column k already; rows: row numbers, counted from there; N, K: what is left.
+    """
+    if scale is not None:
+        byte = tl.arange(0, BLOCK_K // 2)
+        block = tl.arange(0, BLOCK_K // 32)
+        packed_at = w + rows[:, None] * stride_n + byte[None, :] * stride_k
+        scale_at = scale + rows[:, None] * stride_sn + block[None, :] * stride_sk
+        if EVEN_N and EVEN_K:
+            packed = tl.load(packed_at)
+            exponent = tl.load(scale_at)
+        else:
+            inside = rows[:, None] < N
+            packed = tl.load(packed_at, mask=inside & (byte[None, :] < (K - k) // 2), other=0)
+            exponent = tl.load(scale_at, mask=inside & (block[None, :] < (K - k) // 32), other=127)
+        tile = dequantise(packed, exponent, BLOCK_N, BLOCK_K, WIDE)
+    else:
+        column = tl.arange(0, BLOCK_K)
+        at = w + rows[:, None] * stride_n + column[None, :] * stride_k
+        if EVEN_N and EVEN_K:
+            tile = tl.load(at)
+        elif EVEN_K:
+            tile = tl.load(at, mask=rows[:, None] < N, other=0.0)
+        else:
+            tile = tl.load(at, mask=(rows[:, None] < N) & (column[None, :] < K - k), other=0.0)
+    return tile
+
+
+@triton.jit
+def multiply(acc, x, w, SWAP: tl.constexpr, IEEE: tl.constexpr):
+    """acc + x @ w^T, or its transpose if SWAP; fp32 operands are kept whole (never tf32)."""
+    if SWAP:
+        if IEEE:
+            acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(w, tl.trans(x), acc)
+    else:
+        if IEEE:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(w), acc)
+    return acc
+
+
+@triton.jit
+def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """The activation of `sm12x::moe` in fp32; a NaN stays one."""
+    if limit is not None:
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == SWIGLU_OAI:
+        y = gate * tl.sigmoid(gate * alpha)
+        up = up + 1.0
+    elif ACTIVATION == SILU:
+        y = gate * tl.sigmoid(gate)
+    elif ACTIVATION == GELU:
+        y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
+        y = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        positive = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = positive * positive
+    if GATED:
+        y = y * up
+    return y

@@ -1,0 +1,79 @@
+"""Tile choices of the expert kernels: pure functions of `Arch` and shape.
+
+SM12x rows are chosen by what the compiler says for sm_120a: they fit 99 KiB and spill nothing in a loop. The Hopper
+rows were timed on an H200 (benchmarks/results/moe_kernels-h200.json). Those of A100 and B200 are compiled only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...arch import KIB, Arch
+
+
+@dataclass(frozen=True)
+class ExpertTiles:
+    """Rows, columns and depth of a program of the expert kernel, its warps and pipeline stages.
+
+    Gate and up are two tiles of `block_n` columns each. `swap`: the weight is the product's left operand, which
+    keeps few rows from being padded, and lets dequantised weights stay in registers.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the two products of routed experts are run.
+
+    Attributes:
+        sort: sort the pairs by expert first; otherwise each pair reads its expert by itself.
+        gate_up, down: tiles, of equal `block_m`.
+    """
+
+    sort: bool
+    gate_up: ExpertTiles
+    down: ExpertTiles
+
+
+# Rows an expert gets on average, up to which a block of so many rows is taken: routing is uneven, and an expert
+# whose rows do not fit in one block is read twice.
+BLOCK_M = ((8, 16), (20, 32), (48, 64))
+LARGEST_M = 128
+# Tokens up to which two of them rarely share an expert.
+PAIRS_TOKENS = 2
+
+
+def expert_plan(arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, packed: bool) -> Plan:
+    """The plan for so many tokens with `top_k` experts each."""
+    sort = tokens > PAIRS_TOKENS
+    rows = block_rows(tokens * top_k / max(1, experts)) if sort else 16
+    return Plan(sort, expert_tiles(arch, rows, dtype, packed, True), expert_tiles(arch, rows, dtype, packed, False))
+
+
+def block_rows(mean: float) -> int:
+    """Rows of a program where an expert has `mean` rows on average."""
+    return next((block for most, block in BLOCK_M if mean <= most), LARGEST_M)
+
+
+def expert_tiles(arch: Arch, block_m: int, dtype: torch.dtype, packed: bool, gated: bool) -> ExpertTiles:
+    """Tiles for programs of `block_m` rows; `packed`: MXFP4 weights; `gated`: two tiles of weights at once."""
+    if dtype == torch.float32:
+        return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 8, 2)
+    large = arch.smem_per_block >= 160 * KIB
+    if packed:
+        if block_m <= 32:
+            return ExpertTiles(block_m, 32 if gated else 64, 128, 4, 4 if large else 3)
+        return ExpertTiles(block_m, 64 if gated else 128, 64, 8, 3, True)
+    if block_m <= 32:
+        return ExpertTiles(block_m, 32 if gated else 64, 128, 4, 4 if large else 3)
+    if block_m == 64:
+        return ExpertTiles(64, 64 if gated else 128, 64, 8 if gated else 4, 4 if large else 3)
+    return ExpertTiles(block_m, 64 if gated else 128, 64, 8, 4 if large else 3)
