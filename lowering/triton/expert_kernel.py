@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .expert_parts import LINEAR, activate, load_weights, multiply
+from .expert_parts import LINEAR, activate, load_scales, load_weights, multiply
 
 SINGLE: tl.constexpr = tl.constexpr(0)
 PAIRS: tl.constexpr = tl.constexpr(1)
@@ -23,13 +23,13 @@ TABLE: tl.constexpr = tl.constexpr(2)
 @triton.jit(do_not_specialize=["M", "tiles_n"])
 def expert_kernel(
     x, w, scale, bias, out, ids, order, table, row_weights,
-    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_wup, stride_se, stride_sn, stride_sk, stride_sup,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_wup, stride_se, stride_sn, stride_sup,
     stride_be, stride_bn, stride_bup, stride_om, stride_it, stride_ij, stride_rt, stride_rj,
     M, N, K, E, tiles_n, alpha, limit,
     SOURCE: tl.constexpr, TOPK: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, JOINED: tl.constexpr, SWAP: tl.constexpr, IEEE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * tiles_n,); column blocks of a tile run side by side.
 
@@ -67,9 +67,13 @@ def expert_kernel(
             x_row = position
         expert = tl.cast(e, tl.int64)
         w += expert * stride_we + tl.cast(first_n, tl.int64) * stride_wn
+        offset = 0
         if scale is not None:
-            scale += expert * stride_se + tl.cast(first_n, tl.int64) * stride_sn
-        packing: tl.constexpr = 1 if scale is None else 2
+            first = expert * stride_se + tl.cast(first_n, tl.int64) * stride_sn
+            if not ALIGNED and scale.dtype.element_ty == tl.int32:
+                offset = (first & 3).to(tl.int32)
+                first = first >> 2
+            scale += first
         width: tl.constexpr = 2 * BLOCK_N if JOINED else BLOCK_N
         rows = tl.arange(0, width)
         column = tl.arange(0, BLOCK_K)
@@ -85,25 +89,34 @@ def expert_kernel(
         stride_row = stride_wn
         if JOINED:
             stride_row = stride_wup
+        packed: tl.constexpr = scale is not None
+        two: tl.constexpr = GATED and not JOINED
         for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             if EVEN_K:
                 x_tile = tl.load(x_at, mask=live[:, None], other=0.0)
             else:
                 x_tile = tl.load(x_at, mask=live[:, None] & (column[None, :] < K - k), other=0.0)
-            w_tile = load_weights(w, scale, rows, stride_row, stride_wk, stride_sn, stride_sk, k, left, K,
-                                  width, BLOCK_K, EVEN_N, EVEN_K, IEEE)  # fmt: skip
+            codes = rows
+            if packed:
+                codes = load_scales(scale, rows, stride_sn, offset, left, K - k, BLOCK_K, ALIGNED)
+            w_tile = load_weights(w, codes, rows, stride_row, stride_wk, left, K - k,
+                                  width, BLOCK_K, EVEN_N, EVEN_K, packed, IEEE)  # fmt: skip
             acc = multiply(acc, x_tile, w_tile, SWAP, IEEE)
-            if GATED and not JOINED:
-                up_scale = scale
-                if scale is not None:
-                    up_scale = scale + stride_sup
-                w_tile = load_weights(w + stride_wup, up_scale, rows, stride_row, stride_wk, stride_sn, stride_sk,
-                                      k, left, K, width, BLOCK_K, EVEN_N, EVEN_K, IEEE)  # fmt: skip
+            if two:
+                if packed and ALIGNED:
+                    codes = load_scales(scale + stride_sup, rows, stride_sn, 0, left, K - k, BLOCK_K, True)
+                elif packed:
+                    codes = load_scales(scale, rows, stride_sn, offset + stride_sup, left, K - k, BLOCK_K, False)
+                w_tile = load_weights(w + stride_wup, codes, rows, stride_row, stride_wk, left, K - k,
+                                      width, BLOCK_K, EVEN_N, EVEN_K, packed, IEEE)  # fmt: skip
                 acc_up = multiply(acc_up, x_tile, w_tile, SWAP, IEEE)
+            if packed:
+                if ALIGNED:
+                    scale += BLOCK_K // 128
+                else:
+                    offset += BLOCK_K // 32
             x_at += BLOCK_K * stride_xk
-            w += (BLOCK_K // packing) * stride_wk
-            if scale is not None:
-                scale += (BLOCK_K // 32) * stride_sk
+            w += (BLOCK_K // 2 if packed else BLOCK_K) * stride_wk
 
         if SWAP:
             acc = tl.trans(acc)
@@ -141,8 +154,8 @@ def combine_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for j in tl.static_range(TOPK):
         e = tl.load(ids + t * stride_it + j * stride_ij)
-        chosen = (e >= 0) & (e < E)
-        value = tl.load(y + (t * TOPK + j) * D + d, mask=(d < D) & chosen, other=0.0).to(tl.float32)
+        chosen = d < tl.where((e < 0) | (e >= E), 0, D)  # nobody wrote y for the others
+        value = tl.load(y + (t * TOPK + j) * D + d, mask=chosen, other=0.0).to(tl.float32)
         if WEIGHTED:
             p = tl.load(weights + t * stride_rt + j * stride_rj).to(tl.float32)
             value = tl.where(chosen, value * p, 0.0)

@@ -20,102 +20,114 @@ RELU2: tl.constexpr = tl.constexpr(5)
 
 TWO_126: tl.constexpr = tl.constexpr(2.0**126)
 
-# Four bytes b0..b3 in one register, to bf16 of the low nibbles ($0: b0 and b1, $1: b2 and b3) and of the high ones
-# ($2, $3), all times 2^-126. Two numbers are worked on at once, which Triton's own integer operations cannot do.
+# Four bytes in one register to four registers, each with the low nibble's bf16 in its low half and the high nibble's
+# in its high half, times 2^-126. A product with two powers of two is two shifts at once, on the multipliers, which
+# have less to do here than the pipe of the logical operations.
 UNPACK_E2M1: tl.constexpr = tl.constexpr("""
 {
-    .reg .b32 p, q, s, m;
-    prmt.b32 p, $4, 0, 0x1404;
-    prmt.b32 q, $4, 0, 0x3424;
-    shl.b32 s, p, 4;
+    .reg .b32 b, m, s;
+    and.b32 b, $4, 0x000000FF;
+    mul.lo.u32 m, b, 0x00040040;
+    mul.lo.u32 s, b, 0x01001000;
+    and.b32 m, m, 0x01C001C0;
     and.b32 s, s, 0x80008000;
-    shr.u32 m, p, 2;
+    or.b32 $0, m, s;
+    prmt.b32 b, $4, 0, 0x4441;
+    mul.lo.u32 m, b, 0x00040040;
+    mul.lo.u32 s, b, 0x01001000;
     and.b32 m, m, 0x01C001C0;
-    or.b32 $0, s, m;
-    shl.b32 s, q, 4;
     and.b32 s, s, 0x80008000;
-    shr.u32 m, q, 2;
+    or.b32 $1, m, s;
+    prmt.b32 b, $4, 0, 0x4442;
+    mul.lo.u32 m, b, 0x00040040;
+    mul.lo.u32 s, b, 0x01001000;
     and.b32 m, m, 0x01C001C0;
-    or.b32 $1, s, m;
-    and.b32 s, p, 0x80008000;
-    shr.u32 m, p, 6;
+    and.b32 s, s, 0x80008000;
+    or.b32 $2, m, s;
+    shr.u32 b, $4, 24;
+    mul.lo.u32 m, b, 0x00040040;
+    mul.lo.u32 s, b, 0x01001000;
     and.b32 m, m, 0x01C001C0;
-    or.b32 $2, s, m;
-    and.b32 s, q, 0x80008000;
-    shr.u32 m, q, 6;
-    and.b32 m, m, 0x01C001C0;
-    or.b32 $3, s, m;
+    and.b32 s, s, 0x80008000;
+    or.b32 $3, m, s;
 }
 """)
 
 
 @triton.jit
 def e2m1(packed, WIDE: tl.constexpr):
-    """The low and the high nibbles of bytes as numbers: bf16, or fp32 if WIDE."""
+    """The low and the high nibbles of bytes as numbers: bf16, or fp32 if WIDE; side by side, low ones first."""
     if WIDE:
         codes = packed.to(tl.uint32)
-        low = ((codes & 8) << 28) | ((codes & 7) << 22)
-        high = ((codes & 128) << 24) | ((codes & 112) << 18)
-        low = low.to(tl.float32, bitcast=True)
-        high = high.to(tl.float32, bitcast=True)
+        low = (((codes & 8) << 28) | ((codes & 7) << 22)).to(tl.float32, bitcast=True)
+        high = (((codes & 128) << 24) | ((codes & 112) << 18)).to(tl.float32, bitcast=True)
     else:
-        low, high = tl.inline_asm_elementwise(
-            UNPACK_E2M1, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        both = tl.inline_asm_elementwise(
+            UNPACK_E2M1, "=r,=r,=r,=r,r", [packed], dtype=tl.uint32, is_pure=True, pack=4
         )
-    return low * TWO_126, high * TWO_126
+        low = both.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        high = (both >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return tl.interleave(low, high) * TWO_126
 
 
 @triton.jit
-def e8m0(scale, WIDE: tl.constexpr):
-    """2^(s - 127) in bf16, or in fp32 if WIDE. Byte 255 is NaN; byte 0 is a subnormal number, not zero."""
-    odd = (scale == 0) | (scale == 255)
+def e8m0(code, WIDE: tl.constexpr):
+    """2^(code - 127) in bf16, or in fp32 if WIDE. Code 255 is NaN; code 0 is a subnormal number, not zero."""
+    bits = tl.where(code == 255, 0x7FC0, tl.maximum(code << 7, 0x40))
     if WIDE:
-        bits = (scale.to(tl.uint32) << 23) | tl.where(odd, 1 << 22, 0).to(tl.uint32)
-        value = bits.to(tl.float32, bitcast=True)
+        value = (bits << 16).to(tl.float32, bitcast=True)
     else:
-        bits = (scale.to(tl.uint16) << 7) | tl.where(odd, 1 << 6, 0).to(tl.uint16)
-        value = bits.to(tl.bfloat16, bitcast=True)
+        value = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     return value
 
 
 @triton.jit
-def dequantise(packed, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
-    """``[ROWS, COLUMNS / 2]`` bytes and ``[ROWS, COLUMNS / 32]`` scales to ``[ROWS, COLUMNS]`` numbers, exactly."""
-    low, high = e2m1(packed, WIDE)
-    blocks = tl.reshape(tl.interleave(low, high), (ROWS, COLUMNS // 32, 32))
-    return tl.reshape(blocks * e8m0(scale, WIDE)[:, :, None], (ROWS, COLUMNS))
+def dequantise(packed, codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """``[ROWS, COLUMNS / 2]`` bytes and ``[ROWS, COLUMNS / 32]`` codes to ``[ROWS, COLUMNS]`` numbers, exactly."""
+    blocks = tl.reshape(e2m1(packed, WIDE), (ROWS, COLUMNS // 32, 32))
+    return tl.reshape(blocks * e8m0(codes, WIDE)[:, :, None], (ROWS, COLUMNS))
 
 
 @triton.jit
-def load_weights(w, scale, rows, stride_n, stride_k, stride_sn, stride_sk, k, N, K,
-                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
-                 WIDE: tl.constexpr):  # fmt: skip
-    """Columns k to k + BLOCK_K of some rows of a weight, zero past N and K: plain, or packed if there are scales.
+def load_scales(scale, rows, stride_n, offset, rows_left, columns_left, BLOCK_K: tl.constexpr, ALIGNED: tl.constexpr):
+    """Codes of the scales of some rows and of the next BLOCK_K columns, int32.
 
-    w, scale: at row 0 and at column k already; rows: row numbers, counted from there; N, K: what is left.
+    scale: bytes, or words of four. Asynchronous copies need four bytes, so that a word is read for each byte: a row
+    need not begin at a word, though if it does (ALIGNED) the shifts are known while compiling.
+    offset: bytes from `scale` to the first code; stride_n: bytes, or words if ALIGNED.
     """
-    if scale is not None:
-        byte = tl.arange(0, BLOCK_K // 2)
-        block = tl.arange(0, BLOCK_K // 32)
-        packed_at = w + rows[:, None] * stride_n + byte[None, :] * stride_k
-        scale_at = scale + rows[:, None] * stride_sn + block[None, :] * stride_sk
-        if EVEN_N and EVEN_K:
-            packed = tl.load(packed_at)
-            exponent = tl.load(scale_at)
-        else:
-            inside = rows[:, None] < N
-            packed = tl.load(packed_at, mask=inside & (byte[None, :] < (K - k) // 2), other=0)
-            exponent = tl.load(scale_at, mask=inside & (block[None, :] < (K - k) // 32), other=127)
-        tile = dequantise(packed, exponent, BLOCK_N, BLOCK_K, WIDE)
+    block = tl.arange(0, BLOCK_K // 32)
+    if ALIGNED:
+        at = block[None, :] + rows[:, None] * stride_n * 4
     else:
-        column = tl.arange(0, BLOCK_K)
-        at = w + rows[:, None] * stride_n + column[None, :] * stride_k
-        if EVEN_N and EVEN_K:
-            tile = tl.load(at)
-        elif EVEN_K:
-            tile = tl.load(at, mask=rows[:, None] < N, other=0.0)
-        else:
-            tile = tl.load(at, mask=(rows[:, None] < N) & (column[None, :] < K - k), other=0.0)
+        at = block[None, :] + (rows[:, None] * stride_n + offset)
+    inside = (block[None, :] < columns_left // 32) & (rows[:, None] < rows_left)
+    if scale.dtype.element_ty == tl.int32:
+        word = tl.load(scale + (at >> 2), mask=inside, other=0)
+        code = (word >> ((at & 3) * 8)) & 255
+    else:
+        code = tl.load(scale + at, mask=inside, other=0).to(tl.int32)
+    return code
+
+
+@triton.jit
+def load_weights(w, codes, rows, stride_n, stride_k, rows_left, columns_left,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+                 PACKED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """The next BLOCK_K columns of some rows of a weight, zero where there are none; dequantised if PACKED."""
+    used: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
+    if PACKED:
+        columns_left = columns_left // 2
+    column = tl.arange(0, used)
+    at = w + rows[:, None] * stride_n + column[None, :] * stride_k
+    if EVEN_N and EVEN_K:
+        tile = tl.load(at)
+    elif EVEN_K:
+        tile = tl.load(at, mask=rows[:, None] < rows_left, other=0)
+    else:
+        tile = tl.load(at, mask=(rows[:, None] < rows_left) & (column[None, :] < columns_left), other=0)
+    if PACKED:
+        tile = dequantise(tile, codes, BLOCK_N, BLOCK_K, WIDE)
     return tile
 
 

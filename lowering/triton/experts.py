@@ -84,6 +84,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def scale_words(scale: Tensor) -> Tensor:
+    """E8M0 scales as words of four, flat, where that can be; else their bytes."""
+    scale = scale.view(torch.uint8)
+    if not scale.is_contiguous() or scale.numel() % 4 or scale.storage_offset() % 4:
+        return scale
+    return scale.view(-1).view(torch.int32)
+
+
 def weight_operands(
     w: Tensor, scale: Tensor | None, bias: Tensor | None, split: bool = False, interleaved: bool = False
 ) -> dict[str, Any]:
@@ -91,13 +99,14 @@ def weight_operands(
 
     split: the rows are those of a gate and of up, halves or alternating; N is then the number of each.
     """
-    a: dict[str, Any] = {"scale": None, "stride_se": None, "stride_sn": None, "stride_sk": None, "stride_sup": None}
+    a: dict[str, Any] = {"scale": None, "stride_se": None, "stride_sn": None, "stride_sup": None, "ALIGNED": False}
     a |= {"bias": bias, "stride_be": None, "stride_bn": None, "stride_bup": None}
     rows = w.shape[1] // 2 if split else w.shape[1]
     step, up = (2, 1) if interleaved else (1, rows)
     if scale is not None:
-        w, scale = w.view(torch.uint8), scale.view(torch.uint8)
-        a["scale"], (a["stride_se"], row, a["stride_sk"]) = scale, scale.stride()
+        w = w.view(torch.uint8)
+        a["scale"], (a["stride_se"], row, _) = scale_words(scale), scale.stride()
+        a["ALIGNED"] = a["scale"].dtype == torch.int32 and row % 4 == 0
         a["stride_sn"], a["stride_sup"] = step * row, up * row
     if bias is not None:
         a["stride_be"], row = bias.stride()
@@ -126,6 +135,10 @@ def expert_launch(
     a |= dict(tiles_n=tiles_n, alpha=float(alpha), limit=None if limit is None else float(limit))
     a |= dict(SOURCE=source, TOPK=top_k, GATHER=gather, SCATTER=scatter, ACTIVATION=activation)
     a |= dict(SWAP=tiles.swap and not weight["JOINED"], IEEE=x.dtype == torch.float32, STAGES=tiles.num_stages)
+    if tiles.block_k % 128:
+        a["ALIGNED"] = False
+    if a["ALIGNED"]:
+        a |= {name: a[name] // 4 for name in ("stride_se", "stride_sn", "stride_sup")}
     a |= dict(BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k)
     a |= dict(EVEN_N=weight["N"] % tiles.block_n == 0, EVEN_K=weight["K"] % tiles.block_k == 0)
     return a, (blocks * tiles_n,)
