@@ -58,9 +58,9 @@ def expert_plan(arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.
     return Plan(sort, expert_tiles(arch, rows, dtype, packed, True), expert_tiles(arch, rows, dtype, packed, False))
 
 
-def block_rows(mean: float) -> int:
-    """Rows of a program where an expert has `mean` rows on average."""
-    return next((block for most, block in BLOCK_M if mean <= most), LARGEST_M)
+def block_rows(mean: float, uneven: bool = True) -> int:
+    """Rows of a program where an expert has `mean` rows on average, or exactly if not `uneven`."""
+    return next((block for most, block in BLOCK_M if mean <= (most if uneven else block)), LARGEST_M)
 
 
 def expert_tiles(arch: Arch, block_m: int, dtype: torch.dtype, packed: bool, gated: bool) -> ExpertTiles:
@@ -68,12 +68,19 @@ def expert_tiles(arch: Arch, block_m: int, dtype: torch.dtype, packed: bool, gat
     if dtype == torch.float32:
         return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 8, 2)
     large = arch.smem_per_block >= 160 * KIB
+    stages = 4 if large else 3
     if packed:
-        if block_m <= 32:
-            return ExpertTiles(block_m, 32 if gated else 64, 128, 4, 4 if large else 3)
-        return ExpertTiles(block_m, 64 if gated else 128, 64, 8, 3, True)
-    if block_m <= 32:
-        return ExpertTiles(block_m, 32 if gated else 64, 128, 4, 4 if large else 3)
-    if block_m == 64:
-        return ExpertTiles(64, 64 if gated else 128, 64, 8 if gated else 4, 4 if large else 3)
-    return ExpertTiles(block_m, 64 if gated else 128, 64, 8, 4 if large else 3)
+        if block_m == 16:
+            return ExpertTiles(16, 32 if gated else 64, 128, 4, stages)
+        if block_m == 32:
+            return ExpertTiles(32, 64 if gated else 128, 128, 4, 3) if gated else ExpertTiles(32, 128, 64, 4, stages, True)
+        if block_m == 64:
+            return ExpertTiles(64, 64, 64, 4, 4) if gated else ExpertTiles(64, 128, 64, 4, stages)
+        if gated:
+            return ExpertTiles(block_m, 64, 128, 8, 2) if large else ExpertTiles(block_m, 64, 64, 8, 3)
+        return ExpertTiles(block_m, 128, 64, 8, 3)
+    if block_m == 16:
+        return ExpertTiles(16, 32 if gated else 64, 128, 4, stages, not gated)
+    if block_m <= 64:
+        return ExpertTiles(block_m, 64 if gated else 128, 64, 4, stages, True)
+    return ExpertTiles(block_m, 64 if gated else 128, 64, 8, 3 if gated else stages)

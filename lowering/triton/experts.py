@@ -41,6 +41,10 @@ def moe_refusal(call: Call, arch: Arch) -> str | None:
     for what, t in (("topk_weights", call.topk_weights), ("w13_bias", call.w13_bias), ("w2_bias", call.w2_bias)):
         if t is not None and t.dtype not in DTYPES:
             return f"needs {what} in fp16, bf16 or fp32, not {_name(t.dtype)}"
+    if call.format == "mxfp4":
+        refusal = packed_refusal([w13, w2], [call.w13_scale, call.w2_scale])
+        if refusal:
+            return refusal
     top_k = call.topk_ids.shape[1]
     if not isinstance(top_k, int) or top_k > MAX_TOP_K:
         return f"takes up to {MAX_TOP_K} experts a token, a number known while compiling, not {top_k}"
@@ -77,6 +81,17 @@ def weight_refusal(
     if any(w.dtype != x.dtype for w in weights):
         names = ", ".join(_name(w.dtype) for w in weights)
         return f"needs x and plain weights of one dtype, got {_name(x.dtype)} and {names}"
+    return None
+
+
+def packed_refusal(weights: list[Tensor], scales: list[Tensor | None]) -> str | None:
+    """Why packed weights cannot be read as they lie in memory, in one sentence, or None."""
+    for w, scale in zip(weights, scales, strict=True):
+        assert scale is not None
+        if w.element_size() != 1 or scale.element_size() != 1:
+            return f"needs packed weights and scales in bytes, got {_name(w.dtype)} and {_name(scale.dtype)}"
+        if scale.stride(-1) != 1 and scale.shape[-1] > 1:
+            return "needs the scales of a row side by side in memory"
     return None
 
 
