@@ -54,93 +54,94 @@ def expert_kernel(
         e = tl.load(table + 3 * tile)
         start = tl.load(table + 3 * tile + 1)
         count = tl.load(table + 3 * tile + 2)
-    if e >= 0:
-        at = tl.arange(0, BLOCK_M)
-        live = at < count
-        position = start + at
-        pair = position
-        if order is not None:
-            pair = tl.load(order + position, mask=live, other=0)
-        if GATHER:
-            x_row = pair // TOPK
+    if e < 0:
+        return
+    at = tl.arange(0, BLOCK_M)
+    live = at < count
+    position = start + at
+    pair = position
+    if order is not None:
+        pair = tl.load(order + position, mask=live, other=0)
+    if GATHER:
+        x_row = pair // TOPK
+    else:
+        x_row = position
+    expert = tl.cast(e, tl.int64)
+    w += expert * stride_we + tl.cast(first_n, tl.int64) * stride_wn
+    offset = 0
+    if scale is not None:
+        first = expert * stride_se + tl.cast(first_n, tl.int64) * stride_sn
+        if not ALIGNED and scale.dtype.element_ty == tl.int32:
+            offset = (first & 3).to(tl.int32)
+            first = first >> 2
+        scale += first
+    width: tl.constexpr = 2 * BLOCK_N if JOINED else BLOCK_N
+    rows = tl.arange(0, width)
+    column = tl.arange(0, BLOCK_K)
+    x_at = x + x_row.to(tl.int64)[:, None] * stride_xm + column[None, :] * stride_xk
+    left = N - first_n
+    if JOINED:
+        left = 2 * left
+    if SWAP:
+        acc = tl.zeros((width, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, width), tl.float32)
+    acc_up = acc
+    stride_row = stride_wn
+    if JOINED:
+        stride_row = stride_wup
+    packed: tl.constexpr = scale is not None
+    two: tl.constexpr = GATED and not JOINED
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if EVEN_K:
+            x_tile = tl.load(x_at, mask=live[:, None], other=0.0)
         else:
-            x_row = position
-        expert = tl.cast(e, tl.int64)
-        w += expert * stride_we + tl.cast(first_n, tl.int64) * stride_wn
-        offset = 0
-        if scale is not None:
-            first = expert * stride_se + tl.cast(first_n, tl.int64) * stride_sn
-            if not ALIGNED and scale.dtype.element_ty == tl.int32:
-                offset = (first & 3).to(tl.int32)
-                first = first >> 2
-            scale += first
-        width: tl.constexpr = 2 * BLOCK_N if JOINED else BLOCK_N
-        rows = tl.arange(0, width)
-        column = tl.arange(0, BLOCK_K)
-        x_at = x + x_row.to(tl.int64)[:, None] * stride_xm + column[None, :] * stride_xk
-        left = N - first_n
-        if JOINED:
-            left = 2 * left
-        if SWAP:
-            acc = tl.zeros((width, BLOCK_M), tl.float32)
-        else:
-            acc = tl.zeros((BLOCK_M, width), tl.float32)
-        acc_up = acc
-        stride_row = stride_wn
-        if JOINED:
-            stride_row = stride_wup
-        packed: tl.constexpr = scale is not None
-        two: tl.constexpr = GATED and not JOINED
-        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-            if EVEN_K:
-                x_tile = tl.load(x_at, mask=live[:, None], other=0.0)
-            else:
-                x_tile = tl.load(x_at, mask=live[:, None] & (column[None, :] < K - k), other=0.0)
-            codes = rows
-            if packed:
-                codes = load_scales(scale, rows, stride_sn, offset, left, K - k, BLOCK_K, ALIGNED)
-            w_tile = load_weights(w, codes, rows, stride_row, stride_wk, left, K - k,
+            x_tile = tl.load(x_at, mask=live[:, None] & (column[None, :] < K - k), other=0.0)
+        codes = rows
+        if packed:
+            codes = load_scales(scale, rows, stride_sn, offset, left, K - k, BLOCK_K, ALIGNED)
+        w_tile = load_weights(w, codes, rows, stride_row, stride_wk, left, K - k,
+                              width, BLOCK_K, EVEN_N, EVEN_K, packed, IEEE)  # fmt: skip
+        acc = multiply(acc, x_tile, w_tile, SWAP, IEEE)
+        if two:
+            if packed and ALIGNED:
+                codes = load_scales(scale + stride_sup, rows, stride_sn, 0, left, K - k, BLOCK_K, True)
+            elif packed:
+                codes = load_scales(scale, rows, stride_sn, offset + stride_sup, left, K - k, BLOCK_K, False)
+            w_tile = load_weights(w + stride_wup, codes, rows, stride_row, stride_wk, left, K - k,
                                   width, BLOCK_K, EVEN_N, EVEN_K, packed, IEEE)  # fmt: skip
-            acc = multiply(acc, x_tile, w_tile, SWAP, IEEE)
-            if two:
-                if packed and ALIGNED:
-                    codes = load_scales(scale + stride_sup, rows, stride_sn, 0, left, K - k, BLOCK_K, True)
-                elif packed:
-                    codes = load_scales(scale, rows, stride_sn, offset + stride_sup, left, K - k, BLOCK_K, False)
-                w_tile = load_weights(w + stride_wup, codes, rows, stride_row, stride_wk, left, K - k,
-                                      width, BLOCK_K, EVEN_N, EVEN_K, packed, IEEE)  # fmt: skip
-                acc_up = multiply(acc_up, x_tile, w_tile, SWAP, IEEE)
-            if packed:
-                if ALIGNED:
-                    scale += BLOCK_K // 128
-                else:
-                    offset += BLOCK_K // 32
-            x_at += BLOCK_K * stride_xk
-            w += (BLOCK_K // 2 if packed else BLOCK_K) * stride_wk
+            acc_up = multiply(acc_up, x_tile, w_tile, SWAP, IEEE)
+        if packed:
+            if ALIGNED:
+                scale += BLOCK_K // 128
+            else:
+                offset += BLOCK_K // 32
+        x_at += BLOCK_K * stride_xk
+        w += (BLOCK_K // 2 if packed else BLOCK_K) * stride_wk
 
-        if SWAP:
-            acc = tl.trans(acc)
-            acc_up = tl.trans(acc_up)
-        if JOINED:
-            acc, acc_up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
-        n = first_n + tl.arange(0, BLOCK_N)
-        if row_weights is not None:
-            p_at = row_weights + (pair // TOPK).to(tl.int64) * stride_rt + (pair % TOPK) * stride_rj
-            p = tl.load(p_at, mask=live, other=0.0).to(tl.float32)[:, None]
-            acc = acc * p
-            acc_up = acc_up * p
-        if bias is not None:
-            b_at = bias + expert * stride_be + n * stride_bn
-            acc += tl.load(b_at, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            if GATED:
-                acc_up += tl.load(b_at + stride_bup, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION != LINEAR:
-            acc = activate(acc, acc_up, alpha, limit, ACTIVATION, GATED)
-        out_row = position
-        if SCATTER:
-            out_row = pair
-        o_at = out + out_row.to(tl.int64)[:, None] * stride_om + n[None, :]
-        tl.store(o_at, acc.to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
+    if SWAP:
+        acc = tl.trans(acc)
+        acc_up = tl.trans(acc_up)
+    if JOINED:
+        acc, acc_up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+    n = first_n + tl.arange(0, BLOCK_N)
+    if row_weights is not None:
+        p_at = row_weights + (pair // TOPK).to(tl.int64) * stride_rt + (pair % TOPK) * stride_rj
+        p = tl.load(p_at, mask=live, other=0.0).to(tl.float32)[:, None]
+        acc = acc * p
+        acc_up = acc_up * p
+    if bias is not None:
+        b_at = bias + expert * stride_be + n * stride_bn
+        acc += tl.load(b_at, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            acc_up += tl.load(b_at + stride_bup, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != LINEAR:
+        acc = activate(acc, acc_up, alpha, limit, ACTIVATION, GATED)
+    out_row = position
+    if SCATTER:
+        out_row = pair
+    o_at = out + out_row.to(tl.int64)[:, None] * stride_om + n[None, :]
+    tl.store(o_at, acc.to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -77,7 +77,7 @@ def expert_tiles(arch: Arch, block_m: int, dtype: torch.dtype, packed: bool, gat
         if block_m == 64:
             return ExpertTiles(64, 64, 64, 4, 4) if gated else ExpertTiles(64, 128, 64, 4, stages)
         if gated:
-            return ExpertTiles(block_m, 64, 128, 8, 2) if large else ExpertTiles(block_m, 64, 64, 8, 3)
+            return ExpertTiles(block_m, 64, 128, 8, 2) if large else ExpertTiles(block_m, 32, 64, 8, 3)
         return ExpertTiles(block_m, 128, 64, 8, 3)
     if block_m == 16:
         return ExpertTiles(16, 32 if gated else 64, 128, 4, stages, not gated)
