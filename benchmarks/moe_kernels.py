@@ -111,10 +111,8 @@ def relative_error(s: Shape, i: Inputs, out: Tensor) -> float:
 
 
 def measure(s: Shape, packed: bool, T: int, made: list[Any], bandwidth: float) -> dict[str, Any]:
-    sets = [
-        Inputs(torch.randn(T, s.width, device="cuda", dtype=torch.bfloat16), torch.randn(T, s.experts, device="cuda"), *m)
-        for m in made
-    ]
+    x = [torch.randn(T, s.width, device="cuda", dtype=torch.bfloat16) for _ in made]
+    sets = [Inputs(a, torch.randn(T, s.experts, device="cuda"), *m) for a, m in zip(x, made, strict=True)]
     plan = {
         name: expert_plan(card, T, s.top_k, s.experts, torch.bfloat16, packed)
         for name, card in (("ours", of_device(0)), ("SM12x tiles", by_name("rtx5090")))

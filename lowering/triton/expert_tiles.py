@@ -51,11 +51,14 @@ LARGEST_M = 128
 PAIRS_TOKENS = 2
 
 
-def expert_plan(arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, packed: bool) -> Plan:
+def expert_plan(
+    arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, packed: bool, aligned: bool = True
+) -> Plan:
     """The plan for so many tokens with `top_k` experts each."""
     sort = tokens > PAIRS_TOKENS
     rows = block_rows(tokens * top_k / max(1, experts)) if sort else 16
-    return Plan(sort, expert_tiles(arch, rows, dtype, packed, True), expert_tiles(arch, rows, dtype, packed, False))
+    gate_up, down = (expert_tiles(arch, rows, dtype, packed, gated, aligned) for gated in (True, False))
+    return Plan(sort, gate_up, down)
 
 
 def block_rows(mean: float, uneven: bool = True) -> int:
@@ -63,17 +66,25 @@ def block_rows(mean: float, uneven: bool = True) -> int:
     return next((block for most, block in BLOCK_M if mean <= (most if uneven else block)), LARGEST_M)
 
 
-def expert_tiles(arch: Arch, block_m: int, dtype: torch.dtype, packed: bool, gated: bool) -> ExpertTiles:
-    """Tiles for programs of `block_m` rows; `packed`: MXFP4 weights; `gated`: two tiles of weights at once."""
+def expert_tiles(
+    arch: Arch, block_m: int, dtype: torch.dtype, packed: bool, gated: bool, aligned: bool = True
+) -> ExpertTiles:
+    """Tiles for programs of `block_m` rows.
+
+    packed: MXFP4 weights; gated: two tiles of weights at once; aligned: rows lie a multiple of 16 elements apart.
+    Triton reads others element by element, which takes a register each.
+    """
     if dtype == torch.float32:
         return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 8, 2)
+    if not aligned:
+        return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 4, 2)
     large = arch.smem_per_block >= 160 * KIB
     stages = 4 if large else 3
     if packed:
         if block_m == 16:
             return ExpertTiles(16, 32 if gated else 64, 128, 4, stages)
         if block_m == 32:
-            return ExpertTiles(32, 64 if gated else 128, 128, 4, 3) if gated else ExpertTiles(32, 128, 64, 4, stages, True)
+            return ExpertTiles(32, 64, 128, 4, 3, True) if gated else ExpertTiles(32, 128, 64, 4, stages, True)
         if block_m == 64:
             return ExpertTiles(64, 64, 64, 4, 4) if gated else ExpertTiles(64, 128, 64, 4, stages)
         if gated:

@@ -241,8 +241,8 @@ def moe_experts(
     Returns:
         ``[T, D]``.
     """
-    packed = format == "mxfp4"
-    plan = expert_plan(card_of(x), x.shape[0], topk_ids.shape[1], w13.shape[0], x.dtype, packed)
+    aligned = not any(s % 16 for w in (w13, w2) for s in w.stride()[:-1])
+    plan = expert_plan(card_of(x), x.shape[0], topk_ids.shape[1], w13.shape[0], x.dtype, format == "mxfp4", aligned)
     return run_experts(
         plan, x, topk_ids, topk_weights, w13, w2, w13_bias, w2_bias, w13_scale, w2_scale, format, layout,
         interleaved, activation, gated, alpha, limit, weight_on, out_dtype=out_dtype,

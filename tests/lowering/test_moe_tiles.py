@@ -73,7 +73,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "enk": {},
     "ekn": dict(layout="ekn"),
     "gpt-oss": dict(D=2880, inner=2880, layout="ekn", interleaved=True, biased=True, activation=4),
-    "gelu, odd sizes": dict(D=2000, inner=1000, activation=2),
+    "gelu, tails": dict(D=2000, inner=1008, activation=2),
+    "unaligned rows": dict(D=1001, inner=501),
 }
 PACKED_FORMS: dict[str, dict[str, Any]] = {
     "rows of words": {},
@@ -98,7 +99,8 @@ def test_every_choice(form: str, card: str, gated: bool, rows: int) -> None:
     arch, packed = by_name(card), form.startswith("mxfp4")
     given_form = PACKED_FORMS[form.removeprefix("mxfp4, ")] if packed else FORMS[form]
     for dtype in (BF16,) if packed else (BF16, FP16, FP32):
-        check(arch, expert_tiles(arch, rows, dtype, packed, gated), gated, packed, dtype, **given_form)
+        tiles = expert_tiles(arch, rows, dtype, packed, gated, aligned=form != "unaligned rows")
+        check(arch, tiles, gated, packed, dtype, **given_form)
 
 
 @pytest.mark.parametrize("card", ["sm120", "sm121"])
@@ -161,7 +163,9 @@ def packed_call(dtype: torch.dtype = BF16, format: str = "mxfp4", scale: torch.d
 
 
 def linear_call(format: str, scale: torch.dtype, columns: int) -> Call:
-    return call("mxfp4_linear", meta(3, 64), meta(48, 32, dtype=torch.uint8), meta(48, columns, dtype=scale), None, format)
+    return call(
+        "mxfp4_linear", meta(3, 64), meta(48, 32, dtype=torch.uint8), meta(48, columns, dtype=scale), None, format
+    )
 
 
 REFUSED: list[tuple[str, Any, str, Call]] = [
