@@ -24,9 +24,9 @@ import triton
 from _timing import copy_bandwidth, graph_time, matmul_rate
 from torch import Tensor
 
-from sm12x_compile.arch import by_name, of_device
+from sm12x_compile.arch import Arch, by_name, of_device
 from sm12x_compile.lowering.triton.expert_tiles import Plan, expert_plan
-from sm12x_compile.lowering.triton.experts import run_experts
+from sm12x_compile.lowering.triton.experts import expert_bytes, run_experts
 from sm12x_compile.lowering.triton.moe_route import moe_route
 from sm12x_compile.ops.mxfp4 import dequantize_fp4
 
@@ -113,12 +113,14 @@ def relative_error(s: Shape, i: Inputs, out: Tensor) -> float:
 def measure(s: Shape, packed: bool, T: int, made: list[Any], bandwidth: float) -> dict[str, Any]:
     x = [torch.randn(T, s.width, device="cuda", dtype=torch.bfloat16) for _ in made]
     sets = [Inputs(a, torch.randn(T, s.experts, device="cuda"), *m) for a, m in zip(x, made, strict=True)]
-    plan = {
-        name: expert_plan(card, T, s.top_k, s.experts, torch.bfloat16, packed)
-        for name, card in (("ours", of_device(0)), ("SM12x tiles", by_name("rtx5090")))
-    }
+    size = expert_bytes(made[0][0]["w13"], made[0][0]["w2"])
+
+    def planned(card: Arch, tokens: int) -> Plan:
+        return expert_plan(card, tokens, s.top_k, s.experts, torch.bfloat16, packed, size)
+
+    plan = {"ours": planned(of_device(0), T), "SM12x tiles": planned(by_name("rtx5090"), T)}
     if T <= 16:
-        other = expert_plan(of_device(0), 1 if plan["ours"].sort else 16, s.top_k, s.experts, torch.bfloat16, packed)
+        other = planned(of_device(0), 1 if plan["ours"].sort else 16)
         plan["sorted" if other.sort else "as pairs"] = other
     errors = {name: relative_error(s, sets[0], ours(s, p, sets[0])) for name, p in plan.items()}
     assert max(errors.values()) < 8e-3, errors

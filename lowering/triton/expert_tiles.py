@@ -47,15 +47,29 @@ class Plan:
 # whose rows do not fit in one block is read twice.
 BLOCK_M = ((8, 16), (20, 32), (48, 64))
 LARGEST_M = 128
-# Tokens up to which two of them rarely share an expert.
-PAIRS_TOKENS = 2
+# What sorting costs (H200: 7 to 12 us with two launches more), and tokens beyond which pairs are never read singly.
+SORT_SECONDS = 8e-6
+MOST_PAIRS_TOKENS = 8
+
+
+def reads_singly(arch: Arch, tokens: int, top_k: int, experts: int, expert_bytes: float) -> bool:
+    """Whether every token-expert pair should read its expert by itself, rather than be sorted by expert first.
+
+    With uniformly random routing some experts are read twice; that may cost what sorting costs. One token chooses
+    different experts.
+    """
+    if tokens <= 1 or tokens > MOST_PAIRS_TOKENS:
+        return tokens <= 1
+    hit = experts * (1.0 - (1.0 - min(top_k, experts) / experts) ** tokens)
+    return (tokens * top_k - hit) * expert_bytes <= SORT_SECONDS * arch.bandwidth
 
 
 def expert_plan(
-    arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, packed: bool, aligned: bool = True
-) -> Plan:
-    """The plan for so many tokens with `top_k` experts each."""
-    sort = tokens > PAIRS_TOKENS
+    arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, packed: bool, expert_bytes: float,
+    *, aligned: bool = True,
+) -> Plan:  # fmt: skip
+    """The plan for so many tokens with `top_k` experts each, of `expert_bytes`; see `expert_tiles` for the rest."""
+    sort = not reads_singly(arch, tokens, top_k, experts, expert_bytes)
     rows = block_rows(tokens * top_k / max(1, experts)) if sort else 16
     gate_up, down = (expert_tiles(arch, rows, dtype, packed, gated, aligned) for gated in (True, False))
     return Plan(sort, gate_up, down)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...arch import Arch
 from ...registry import Call
 from .arguments import DTYPES, card_of, device_guard, triton_missing
-from .expert_tiles import PAIRS_TOKENS, ExpertTiles, Plan, expert_plan
+from .expert_tiles import ExpertTiles, Plan, expert_plan, reads_singly
 
 FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
 ACTIVATION_CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4, "relu2": 5}
@@ -53,10 +53,18 @@ def moe_refusal(call: Call, arch: Arch) -> str | None:
 
 def moe_decode_refusal(call: Call, arch: Arch) -> str | None:
     """Why `moe_decode` should not take this call, in one sentence, or None."""
-    tokens = call.hint(call.x.shape[0])
-    if tokens > PAIRS_TOKENS:
-        return f"{tokens} tokens are more than the {PAIRS_TOKENS} that read their experts one by one"
-    return moe_refusal(call, arch)
+    refusal = moe_refusal(call, arch)
+    if refusal:
+        return refusal
+    tokens, weights = call.hint(call.x.shape[0]), (call.w13, call.w2)
+    if not reads_singly(arch, tokens, call.topk_ids.shape[1], call.w13.shape[0], expert_bytes(*weights)):
+        return f"{tokens} tokens share experts, which it would read once for each of them"
+    return None
+
+
+def expert_bytes(w13: Tensor, w2: Tensor) -> float:
+    """Bytes of one expert's weights, without scales and biases."""
+    return sum(w.shape[1] * w.shape[2] * w.element_size() for w in (w13, w2))
 
 
 def weight_refusal(
@@ -242,7 +250,10 @@ def moe_experts(
         ``[T, D]``.
     """
     aligned = not any(s % 16 for w in (w13, w2) for s in w.stride()[:-1])
-    plan = expert_plan(card_of(x), x.shape[0], topk_ids.shape[1], w13.shape[0], x.dtype, format == "mxfp4", aligned)
+    plan = expert_plan(
+        card_of(x), x.shape[0], topk_ids.shape[1], w13.shape[0], x.dtype, format == "mxfp4",
+        expert_bytes(w13, w2), aligned=aligned,
+    )  # fmt: skip
     return run_experts(
         plan, x, topk_ids, topk_weights, w13, w2, w13_bias, w2_bias, w13_scale, w2_scale, format, layout,
         interleaved, activation, gated, alpha, limit, weight_on, out_dtype=out_dtype,

@@ -160,11 +160,11 @@ def variants(case: Case, device: str) -> list[tuple[torch.dtype, Plan]]:
         return [(torch.float32, plan) for plan in (Plan(True, SMALL, SMALL), Plan(False, SMALL, wide))]
     made, rows = [], (16, 32, 64, 128)[EVERY.index(case) % 4 if case in EVERY else 0]
     for card in (of_device(0), by_name("rtx5090")):
-        made.append((torch.bfloat16, expert_plan(card, case.T, case.K, case.E, torch.bfloat16, case.packed)))
+        made.append((torch.bfloat16, expert_plan(card, case.T, case.K, case.E, torch.bfloat16, case.packed, 1e6)))
         tiles = [expert_tiles(card, rows, torch.bfloat16, case.packed, gated) for gated in (True, False)]
         made.append((torch.bfloat16, Plan(True, *tiles)))
     others = [torch.float32] if case.packed else [torch.float32, torch.float16]
-    return made + [(d, expert_plan(of_device(0), case.T, case.K, case.E, d, case.packed)) for d in others]
+    return made + [(d, expert_plan(of_device(0), case.T, case.K, case.E, d, case.packed, 1e6)) for d in others]
 
 
 @pytest.mark.parametrize("case", EVERY, ids=lambda case: case.name)
