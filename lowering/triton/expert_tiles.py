@@ -1,7 +1,8 @@
 """Tile choices of the expert kernels: pure functions of `Arch` and shape.
 
-SM12x rows are chosen by what the compiler says for sm_120a: they fit 99 KiB and spill nothing in a loop. The Hopper
-rows were timed on an H200 (benchmarks/results/moe_kernels-h200.json). Those of A100 and B200 are compiled only.
+SM12x rows are chosen by what the compiler says for sm_120a: they fit 99 KiB and spill nothing in a loop. Those of
+Hopper were timed on an H200 in bf16 and MXFP4 (benchmarks/results/moe_kernels-h200.json). Those of A100 and B200, of
+fp32 and of rows that are not aligned are compiled only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The expert kernels against the reference in fp64: interpreted here, native where a GPU is.
 
-The bound is on ||out - ref|| / ||ref||. fp32 sums a few hundred products. bf16 and fp16 round four times: the hidden
+The bound is on ||out - ref|| / ||ref||. fp32 sums a few hundred products. bf16 and fp16 round three times: the hidden
 activations, what each expert gives, the result (each to 2^-9 or 2^-12 of its size at most), and twice that is allowed.
 """
 
