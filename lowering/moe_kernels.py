@@ -1,0 +1,37 @@
+"""Our Triton kernels of `sm12x::moe`, `sm12x::moe_route` and `sm12x::mxfp4_linear`, and what they accept."""
+
+from __future__ import annotations
+
+from sm12x_compile.arch import Arch
+from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
+
+from .triton.experts import moe_decode_refusal, moe_experts, moe_refusal
+from .triton.moe_route import moe_route, route_refusal
+from .triton.mxfp4_linear import linear_refusal, mxfp4_linear
+
+
+def _accepts_decode(call: Call, arch: Arch) -> Verdict:
+    refusal = moe_decode_refusal(call, arch)
+    return No(refusal) if refusal else YES
+
+
+def _accepts_grouped(call: Call, arch: Arch) -> Verdict:
+    refusal = moe_refusal(call, arch)
+    return No(refusal) if refusal else YES
+
+
+def _accepts_route(call: Call, arch: Arch) -> Verdict:
+    refusal = route_refusal(call, arch)
+    return No(refusal) if refusal else YES
+
+
+def _accepts_linear(call: Call, arch: Arch) -> Verdict:
+    refusal = linear_refusal(call, arch)
+    return No(refusal) if refusal else YES
+
+
+# One function under two names: a graph compiled for few tokens may be run with many, and then sorts them.
+register_kernel("moe", "triton.moe_decode", accepts=_accepts_decode, merit=30)(moe_experts)
+register_kernel("moe", "triton.moe_grouped", accepts=_accepts_grouped, merit=20)(moe_experts)
+register_kernel("moe_route", "triton.moe_route", accepts=_accepts_route, merit=20)(moe_route)
+register_kernel("mxfp4_linear", "triton.mxfp4_linear", accepts=_accepts_linear, merit=20)(mxfp4_linear)

@@ -1,0 +1,260 @@
+"""`sm12x::moe` in Triton: routed experts with plain (fp16, bf16, fp32) or MXFP4 weights.
+
+    few tokens    every token-expert pair reads its expert by itself: gate and up with the activation, down, sum
+    else          the pairs are sorted by expert first, so that an expert is read once for all its tokens
+
+Grids depend on shapes alone, nothing waits for the host and nothing is added atomically: a CUDA graph can be replayed
+under any routing, and equal inputs give equal bits. What an expert gives to a token is rounded to x's dtype once
+before the sum over the token's experts, which is in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...arch import Arch
+from ...registry import Call
+from .arguments import DTYPES, card_of, device_guard, triton_missing
+from .expert_tiles import ExpertTiles, Plan, expert_plan, reads_singly
+
+FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
+ACTIVATION_CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4, "relu2": 5}
+SINGLE, PAIRS, TABLE = 0, 1, 2
+IDS = (torch.int16, torch.int32, torch.int64)
+ORDER_BLOCK, COMBINE_BLOCK = 1024, 512
+MAX_TOP_K = 64
+
+
+def moe_refusal(call: Call, arch: Arch) -> str | None:
+    """Why our Triton kernels cannot take a call of `sm12x::moe`, in one sentence, or None."""
+    x, w13, w2 = call.x, call.w13, call.w2
+    if call.format not in ("bf16", "mxfp4"):
+        return f"reads plain or MXFP4 weights, not {call.format}"
+    refusal = weight_refusal(arch, x, [w13, w2], [call.w13_scale, call.w2_scale], call.out_dtype)
+    if refusal:
+        return refusal
+    if call.topk_ids.dtype not in IDS:
+        return f"needs expert numbers in int16, int32 or int64, not {_name(call.topk_ids.dtype)}"
+    for what, t in (("topk_weights", call.topk_weights), ("w13_bias", call.w13_bias), ("w2_bias", call.w2_bias)):
+        if t is not None and t.dtype not in DTYPES:
+            return f"needs {what} in fp16, bf16 or fp32, not {_name(t.dtype)}"
+    if call.format == "mxfp4":
+        refusal = packed_refusal([w13, w2], [call.w13_scale, call.w2_scale])
+        if refusal:
+            return refusal
+    top_k = call.topk_ids.shape[1]
+    if not isinstance(top_k, int) or top_k > MAX_TOP_K:
+        return f"takes up to {MAX_TOP_K} experts a token, a number known while compiling, not {top_k}"
+    return None
+
+
+def moe_decode_refusal(call: Call, arch: Arch) -> str | None:
+    """Why `moe_decode` should not take this call, in one sentence, or None."""
+    refusal = moe_refusal(call, arch)
+    if refusal:
+        return refusal
+    tokens, weights = call.hint(call.x.shape[0]), (call.w13, call.w2)
+    if not reads_singly(arch, tokens, call.topk_ids.shape[1], call.w13.shape[0], expert_bytes(*weights)):
+        return f"{tokens} tokens share experts, which it would read once for each of them"
+    return None
+
+
+def expert_bytes(w13: Tensor, w2: Tensor) -> float:
+    """Bytes of one expert's weights, without scales and biases."""
+    return sum(w.shape[1] * w.shape[2] * w.element_size() for w in (w13, w2))
+
+
+def weight_refusal(
+    arch: Arch, x: Tensor, weights: list[Tensor], scales: list[Tensor | None], out_dtype: torch.dtype | None
+) -> str | None:
+    """Why the expert kernel cannot multiply x with these weights, in one sentence, or None."""
+    missing = triton_missing()
+    if missing:
+        return missing
+    if arch.family not in FAMILIES:
+        return f"needs a CUDA GPU of compute capability 8.0 or later, not {arch.name}"
+    if x.dtype not in DTYPES:
+        return f"computes in fp16, bf16 or fp32, not {_name(x.dtype)}"
+    if out_dtype is not None and out_dtype not in DTYPES:
+        return f"writes fp16, bf16 or fp32, not {_name(out_dtype)}"
+    if not isinstance(x.shape[-1], int) or not all(isinstance(s, int) for w in weights for s in w.shape):
+        return "the sizes of the weights must be known while compiling"
+    if scales[0] is not None:
+        if x.dtype == torch.float16:
+            return "multiplies MXFP4 weights in bf16 or fp32, since fp16 cannot hold their range"
+        return None
+    if any(w.dtype != x.dtype for w in weights):
+        names = ", ".join(_name(w.dtype) for w in weights)
+        return f"needs x and plain weights of one dtype, got {_name(x.dtype)} and {names}"
+    return None
+
+
+def packed_refusal(weights: list[Tensor], scales: list[Tensor | None]) -> str | None:
+    """Why packed weights cannot be read as they lie in memory, in one sentence, or None."""
+    for w, scale in zip(weights, scales, strict=True):
+        assert scale is not None
+        if w.element_size() != 1 or scale.element_size() != 1:
+            return f"needs packed weights and scales in bytes, got {_name(w.dtype)} and {_name(scale.dtype)}"
+        if scale.stride(-1) != 1 and scale.shape[-1] > 1:
+            return "needs the scales of a row side by side in memory"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def scale_words(scale: Tensor) -> Tensor:
+    """E8M0 scales as words of four, flat, where that can be; else their bytes."""
+    scale = scale.view(torch.uint8)
+    if not scale.is_contiguous() or scale.numel() % 4 or scale.storage_offset() % 4:
+        return scale
+    return scale.view(-1).view(torch.int32)
+
+
+def weight_operands(
+    w: Tensor, scale: Tensor | None, bias: Tensor | None, split: bool = False, interleaved: bool = False
+) -> dict[str, Any]:
+    """Arguments of the expert kernel for a weight ``[E, N, K]`` of any strides (packed: ``[E, N, K / 2]``).
+
+    split: the rows are those of a gate and of up, halves or alternating; N is then the number of each.
+    """
+    a: dict[str, Any] = {"scale": None, "stride_se": None, "stride_sn": None, "stride_sup": None, "ALIGNED": False}
+    a |= {"bias": bias, "stride_be": None, "stride_bn": None, "stride_bup": None}
+    rows = w.shape[1] // 2 if split else w.shape[1]
+    step, up = (2, 1) if interleaved else (1, rows)
+    if scale is not None:
+        w = w.view(torch.uint8)
+        a["scale"], (a["stride_se"], row, _) = scale_words(scale), scale.stride()
+        a["ALIGNED"] = a["scale"].dtype == torch.int32 and row % 4 == 0
+        a["stride_sn"], a["stride_sup"] = step * row, up * row
+    if bias is not None:
+        a["stride_be"], row = bias.stride()
+        a["stride_bn"], a["stride_bup"] = step * row, up * row
+    a["w"], (a["stride_we"], row, a["stride_wk"]) = w, w.stride()
+    a["stride_wn"], a["stride_wup"] = step * row, up * row
+    a["N"], a["K"], a["E"] = rows, w.shape[2] * (1 if scale is None else 2), w.shape[0]
+    a["GATED"] = split
+    a["JOINED"] = split and interleaved and scale is None and row == 1
+    return a
+
+
+def expert_launch(
+    x: Tensor, out: Tensor, weight: dict[str, Any], tiles: ExpertTiles, *, source: int, blocks: int, rows: int,
+    ids: Tensor | None = None, order: Tensor | None = None, table: Tensor | None = None,
+    row_weights: Tensor | None = None, top_k: int = 1, gather: bool = False, scatter: bool = False,
+    activation: int = 0, alpha: float = 0.0, limit: float | None = None,
+) -> tuple[dict[str, Any], tuple[int]]:  # fmt: skip
+    """The expert kernel's arguments by name, and its grid. blocks: tiles of rows that the grid has room for."""
+    tiles_n = -(-weight["N"] // tiles.block_n)
+    a = dict(weight, x=x, out=out, ids=ids, order=order, table=table, row_weights=row_weights, M=rows)
+    a["stride_xm"], a["stride_xk"] = x.stride()
+    a["stride_om"] = out.stride(0)
+    a["stride_it"], a["stride_ij"] = (None, None) if ids is None else ids.stride()
+    a["stride_rt"], a["stride_rj"] = (None, None) if row_weights is None else row_weights.stride()
+    a |= dict(tiles_n=tiles_n, alpha=float(alpha), limit=None if limit is None else float(limit))
+    a |= dict(SOURCE=source, TOPK=top_k, GATHER=gather, SCATTER=scatter, ACTIVATION=activation)
+    a |= dict(SWAP=tiles.swap and not weight["JOINED"], IEEE=x.dtype == torch.float32, STAGES=tiles.num_stages)
+    if tiles.block_k % 128:
+        a["ALIGNED"] = False
+    if a["ALIGNED"]:
+        a |= {name: a[name] // 4 for name in ("stride_se", "stride_sn", "stride_sup")}
+    a |= dict(BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k)
+    a |= dict(EVEN_N=weight["N"] % tiles.block_n == 0, EVEN_K=weight["K"] % tiles.block_k == 0)
+    return a, (blocks * tiles_n,)
+
+
+def order_launch(ids: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Storage of the order and of the table of tiles, and the ordering kernel's arguments; its grid is (experts,)."""
+    pairs = ids.numel()
+    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    table = torch.empty((pairs // block_m + experts, 3), dtype=torch.int32, device=ids.device)
+    a: dict[str, Any] = dict(ids=ids, order=order, table=table, pairs=pairs, E=experts, TOPK=ids.shape[1])
+    a["stride_it"], a["stride_ij"] = ids.stride()
+    return order, table, a | dict(BLOCK_M=block_m, BLOCK=ORDER_BLOCK)
+
+
+def combine_launch(
+    y: Tensor, ids: Tensor, weights: Tensor, out: Tensor, experts: int, weighted: bool
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The combining kernel's arguments by name, and its grid."""
+    (T, D), top_k = out.shape, ids.shape[1]
+    a: dict[str, Any] = dict(y=y, ids=ids, weights=weights, out=out, T=T, D=D, E=experts, TOPK=top_k)
+    a["stride_it"], a["stride_ij"] = ids.stride()
+    a["stride_rt"], a["stride_rj"] = weights.stride()
+    return a | dict(WEIGHTED=weighted, BLOCK=COMBINE_BLOCK), (T, -(-D // COMBINE_BLOCK))
+
+
+def run_experts(
+    plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor,
+    w13_bias: Tensor | None = None, w2_bias: Tensor | None = None, w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None, format: str = "bf16", layout: str = "enk", interleaved: bool = False,
+    activation: str = "silu", gated: bool = True, alpha: float = 1.702, limit: float | None = None,
+    weight_on: str = "output", w13_global_scale: Tensor | None = None, w2_global_scale: Tensor | None = None,
+    fp8_block: int = 128, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`sm12x::moe` with the plan given; see `sm12x_compile.ops.moe` for the other arguments."""
+    from .expert_kernel import combine_kernel, expert_kernel
+    from .order_kernel import order_kernel
+
+    (T, D), (_, top_k) = x.shape, topk_ids.shape
+    out = x.new_empty((T, D), dtype=out_dtype or x.dtype)
+    if layout == "ekn":
+        w13, w2 = w13.mT, w2.mT
+    first = weight_operands(w13, w13_scale, w13_bias, gated, interleaved)
+    second = weight_operands(w2, w2_scale, w2_bias)
+    experts, pairs = first["E"], T * top_k
+    if not pairs or not D:
+        return out.zero_()
+    h = x.new_empty((pairs, first["N"]))
+    y = x.new_empty((pairs, D))
+    order = table = None
+    source, blocks = PAIRS, pairs
+    with device_guard(x):
+        if plan.sort:
+            order, table, arguments = order_launch(topk_ids, experts, plan.gate_up.block_m)
+            source, blocks = TABLE, table.shape[0]
+            order_kernel[(experts,)](**arguments, num_warps=4)
+        tiling: dict[str, Any] = dict(source=source, blocks=blocks, rows=pairs, order=order, table=table)
+        tiling |= dict(ids=None if plan.sort else topk_ids)
+        _start(
+            expert_kernel, plan.gate_up, x, h, first, **tiling, top_k=top_k, gather=True,
+            row_weights=topk_weights if weight_on == "input" else None,
+            activation=ACTIVATION_CODES[activation], alpha=alpha, limit=limit,
+        )  # fmt: skip
+        _start(expert_kernel, plan.down, h, y, second, **tiling, top_k=top_k, scatter=True)
+        arguments, grid = combine_launch(y, topk_ids, topk_weights, out, experts, weight_on == "output")
+        combine_kernel[grid](**arguments, num_warps=4)
+    return out
+
+
+def _start(kernel: Any, tiles: ExpertTiles, x: Tensor, out: Tensor, weight: dict[str, Any], **rest: Any) -> None:
+    arguments, grid = expert_launch(x, out, weight, tiles, **rest)
+    kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+
+
+def moe_experts(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor,
+    w13_bias: Tensor | None = None, w2_bias: Tensor | None = None, w13_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None, format: str = "bf16", layout: str = "enk", interleaved: bool = False,
+    activation: str = "silu", gated: bool = True, alpha: float = 1.702, limit: float | None = None,
+    weight_on: str = "output", w13_global_scale: Tensor | None = None, w2_global_scale: Tensor | None = None,
+    fp8_block: int = 128, out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`sm12x::moe`, see `sm12x_compile.ops.moe` for the arguments; right for any number of tokens.
+
+    Returns:
+        ``[T, D]``.
+    """
+    aligned = not any(s % 16 for w in (w13, w2) for s in w.stride()[:-1])
+    plan = expert_plan(
+        card_of(x), x.shape[0], topk_ids.shape[1], w13.shape[0], x.dtype, format == "mxfp4",
+        expert_bytes(w13, w2), aligned=aligned,
+    )  # fmt: skip
+    return run_experts(
+        plan, x, topk_ids, topk_weights, w13, w2, w13_bias, w2_bias, w13_scale, w2_scale, format, layout,
+        interleaved, activation, gated, alpha, limit, weight_on, out_dtype=out_dtype,
+    )  # fmt: skip

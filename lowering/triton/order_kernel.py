@@ -1,0 +1,55 @@
+"""Token-expert pairs sorted by expert on the device, in one launch, with neither atomics nor a host synchronisation."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def order_kernel(
+    ids, order, table, stride_it, stride_ij, pairs,
+    E: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (E,): every program reads all ids and places the pairs of its own expert.
+
+    order: int32 ``[pairs]``: the pairs, sorted by expert and then by number; pairs without an expert are left out.
+    table: int32 ``[pairs // BLOCK_M + E, 3]``: expert (-1: no tile), first position and number of rows of each tile.
+
+    With `first` pairs on smaller experts, expert e's tiles begin at first // BLOCK_M + e. That leaves room enough,
+    since rounding up over several experts adds at most one tile each, and needs no other expert's count.
+    """
+    e = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    smaller = tl.zeros((BLOCK,), tl.int32)
+    equal = tl.zeros((BLOCK,), tl.int32)
+    for i in tl.range(0, pairs, BLOCK):
+        pair = i + at
+        mine = tl.load(ids + (pair // TOPK).to(tl.int64) * stride_it + (pair % TOPK) * stride_ij,
+                       mask=pair < pairs, other=-1)  # fmt: skip
+        smaller += ((mine >= 0) & (mine < e)).to(tl.int32)
+        equal += (mine == e).to(tl.int32)
+    first = tl.sum(smaller, 0)
+    count = tl.sum(equal, 0)
+
+    slot = first // BLOCK_M + e
+    end = (first + count) // BLOCK_M + e + 1
+    if e == E - 1:
+        end = pairs // BLOCK_M + E
+    for s in tl.range(slot, end, BLOCK):
+        row = (s - slot + at) * BLOCK_M
+        inside = s + at < end
+        entry = table + 3 * (s + at)
+        tl.store(entry, tl.where(row < count, e, -1), mask=inside)
+        tl.store(entry + 1, first + row, mask=inside)
+        tl.store(entry + 2, tl.minimum(count - row, BLOCK_M), mask=inside)
+
+    if count > 0:
+        position = first
+        for i in tl.range(0, pairs, BLOCK):
+            pair = i + at
+            mine = tl.load(ids + (pair // TOPK).to(tl.int64) * stride_it + (pair % TOPK) * stride_ij,
+                           mask=pair < pairs, other=-1)  # fmt: skip
+            here = (mine == e).to(tl.int32)
+            tl.store(order + position + tl.cumsum(here, 0) - 1, pair, mask=here != 0)
+            position += tl.sum(here, 0)

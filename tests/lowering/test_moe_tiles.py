@@ -1,0 +1,209 @@
+"""What the expert kernels choose: tiles that compile and fit for every card, and calls that they decline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sm12x_compile.arch import CARDS, Arch, by_name
+from sm12x_compile.lowering.moe_kernels import _accepts_decode, _accepts_grouped, _accepts_linear, _accepts_route
+from sm12x_compile.lowering.triton.expert_tiles import ExpertTiles, block_rows, expert_plan, expert_tiles, reads_singly
+from sm12x_compile.lowering.triton.experts import (
+    PAIRS,
+    TABLE,
+    combine_launch,
+    expert_launch,
+    order_launch,
+    weight_operands,
+)
+from sm12x_compile.lowering.triton.moe_route import route_launch
+from sm12x_compile.ops import OPS
+from sm12x_compile.registry import Call, Verdict
+
+GPUS = [card for card in CARDS.values() if card.is_cuda]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ROWS = (16, 32, 64, 128)
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def check(
+    card: Arch, tiles: ExpertTiles, gated: bool, packed: bool, dtype: torch.dtype = BF16, *, D: int = 2048,
+    inner: int = 768, layout: str = "enk", interleaved: bool = False, biased: bool = False, sort: bool = True,
+    activation: int = 1,
+) -> None:  # fmt: skip
+    """Compile the first product (gated) or the second as a launch would."""
+    pytest.importorskip("triton")
+    from sm12x_compile.lowering.triton.expert_kernel import expert_kernel
+    from sm12x_compile.offline import compile_kernel
+
+    E, (N, K) = 32, (2 * inner, D) if gated else (D, inner)
+    scale = meta(E, N, K // 32, dtype=torch.uint8) if packed else None
+    w = meta(E, N, K // 2, dtype=torch.uint8) if packed else meta(E, N, K, dtype=dtype)
+    if layout == "ekn":
+        w = meta(E, K, N, dtype=dtype).mT
+    operands = weight_operands(w, scale, meta(E, N, dtype=dtype) if biased else None, gated, gated and interleaved)
+    where: dict[str, Any] = dict(source=PAIRS, ids=meta(256, 8, dtype=torch.int64))
+    if sort:
+        order, table = meta(2048, dtype=torch.int32), meta(160, 3, dtype=torch.int32)
+        where = dict(source=TABLE, order=order, table=table)
+    arguments, _ = expert_launch(
+        meta(2048, K, dtype=dtype), meta(2048, operands["N"], dtype=dtype), operands, tiles, **where, blocks=160,
+        rows=2048, top_k=8, gather=gated, scatter=not gated, activation=activation if gated else 0,
+        alpha=1.7, limit=7.0 if activation == 4 else None,
+    )  # fmt: skip
+    made = compile_kernel(expert_kernel, arguments, card, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    assert made.fits(card), made
+    assert made.forbidden == ()
+    if dtype == FP32:
+        assert made.matrix == {}, "fp32 is kept whole"
+    elif card.family == "sm12x":
+        assert list(made.matrix) == [f"HMMA.16816.F32{'.BF16' if dtype == BF16 else ''}"]
+    if card.family == "sm12x":
+        assert made.loop_spills == 0, made
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "enk": {},
+    "ekn": dict(layout="ekn"),
+    "gpt-oss": dict(D=2880, inner=2880, layout="ekn", interleaved=True, biased=True, activation=4),
+    "gelu, tails": dict(D=2000, inner=1008, activation=2),
+    "unaligned rows": dict(D=1001, inner=501),
+}
+PACKED_FORMS: dict[str, dict[str, Any]] = {
+    "rows of words": {},
+    "gpt-oss": dict(D=2880, inner=2880, interleaved=True, biased=True, activation=4),
+}
+
+
+@pytest.mark.parametrize(("card", "rows"), [("sm120", 16), ("sm121", 128)])
+@pytest.mark.parametrize("gated", [True, False], ids=["gate and up", "down"])
+@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "bf16"])
+def test_expert_kernel_compiles_and_fits(card: str, rows: int, gated: bool, packed: bool) -> None:
+    arch = by_name(card)
+    check(arch, expert_tiles(arch, rows, BF16, packed, gated), gated, packed, sort=rows > 16)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gate and up", "down"])
+@pytest.mark.parametrize("card", ["sm120", "sm121", "h200", "b200", "a100"])
+@pytest.mark.parametrize("form", [*FORMS, *(f"mxfp4, {name}" for name in PACKED_FORMS)])
+def test_every_choice(form: str, card: str, gated: bool, rows: int) -> None:
+    arch, packed = by_name(card), form.startswith("mxfp4")
+    given_form = PACKED_FORMS[form.removeprefix("mxfp4, ")] if packed else FORMS[form]
+    for dtype in (BF16,) if packed else (BF16, FP16, FP32):
+        tiles = expert_tiles(arch, rows, dtype, packed, gated, aligned=form != "unaligned rows")
+        check(arch, tiles, gated, packed, dtype, **given_form)
+
+
+@pytest.mark.parametrize("card", ["sm120", "sm121"])
+def test_small_kernels_compile(card: str) -> None:
+    pytest.importorskip("triton")
+    from sm12x_compile.lowering.triton.expert_kernel import combine_kernel
+    from sm12x_compile.lowering.triton.order_kernel import order_kernel
+    from sm12x_compile.lowering.triton.route_kernel import route_kernel
+    from sm12x_compile.offline import compile_kernel
+
+    ids, weights = meta(4096, 8, dtype=torch.int64), meta(4096, 8, dtype=FP32)
+    deepseek = dict(score="sigmoid", n_group=8, topk_group=4, renormalise=True, scaling=2.5)
+    routed, warps = route_launch(meta(4096, 256, dtype=FP32), 8, meta(256, dtype=FP32), **deepseek)
+    launches: list[tuple[Any, dict[str, Any], int]] = [
+        (order_kernel, order_launch(ids, 128, 128)[2], 4),
+        (combine_kernel, combine_launch(meta(32768, 2048), ids, weights, meta(4096, 2048), 128, True)[0], 4),
+        (route_kernel, routed, warps),
+        (route_kernel, route_launch(meta(4096, 128), 8, renormalise=True)[0], 1),
+    ]
+    for kernel, arguments, num_warps in launches:
+        made = compile_kernel(kernel, arguments, by_name(card), num_warps=num_warps, num_stages=2)
+        assert made.fits(by_name(card)) and made.forbidden == () and made.loop_spills == 0, made
+
+
+def test_at_most_40_configurations() -> None:
+    shapes = [(c, r, d, p, g) for c in GPUS for r in ROWS for d in (BF16, FP16, FP32) for p in (0, 1) for g in (0, 1)]
+    assert len({expert_tiles(c, r, d, bool(p), bool(g)) for c, r, d, p, g in shapes}) <= 40
+
+
+@given(
+    st.sampled_from(GPUS), st.integers(1, 9000), st.integers(1, 16), st.integers(1, 512), st.integers(100, 10**8),
+    st.booleans(),
+)  # fmt: skip
+def test_plans(card: Arch, tokens: int, top_k: int, experts: int, size: int, packed: bool) -> None:
+    for dtype in (BF16, FP32):
+        plan = expert_plan(card, tokens, top_k, experts, dtype, packed, size)
+        assert plan.gate_up.block_m == plan.down.block_m, "both products share one table of tiles"
+        assert plan.sort or tokens <= 8
+
+
+def test_pairs_are_sorted_where_experts_would_be_read_twice() -> None:
+    h200, small, large = by_name("h200"), 9.4e6, 49.8e6  # 3 * 768 * 2048 and 3 * 2880 * 2880 numbers in bf16
+    assert reads_singly(h200, 1, 4, 32, large) and reads_singly(h200, 4, 8, 128, small)
+    assert not reads_singly(h200, 16, 8, 128, small) and not reads_singly(h200, 4, 4, 32, large)
+
+
+def test_block_rows_grow_with_the_rows_of_an_expert() -> None:
+    assert [block_rows(mean) for mean in (0.1, 1, 16, 40, 256)] == [16, 16, 32, 64, 128]
+    assert [block_rows(rows, uneven=False) for rows in (1, 16, 17, 128, 5000)] == [16, 16, 32, 128, 128]
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> Call:
+    bound = OPS[op].signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    return Call(op, dict(bound.arguments))
+
+
+def moe_call(T: int = 64, dtype: torch.dtype = BF16, w_dtype: torch.dtype | None = None, **kwargs: Any) -> Call:
+    ids, weights = meta(T, 4, dtype=kwargs.pop("ids", torch.int64)), meta(T, 4, dtype=FP32)
+    w13, w2 = meta(8, 128, 64, dtype=w_dtype or dtype), meta(8, 64, 64, dtype=w_dtype or dtype)
+    return call("moe", meta(T, 64, dtype=dtype), ids, weights, w13, w2, **kwargs)
+
+
+def packed_call(dtype: torch.dtype = BF16, format: str = "mxfp4", scale: torch.dtype = torch.uint8) -> Call:
+    weights = meta(8, 128, 32, dtype=torch.uint8), meta(8, 64, 32, dtype=torch.uint8)
+    given = dict(w13_scale=meta(8, 128, 2, dtype=scale), w2_scale=meta(8, 64, 2, dtype=scale), format=format)
+    ids = meta(64, 4, dtype=torch.int64), meta(64, 4, dtype=FP32)
+    return call("moe", meta(64, 64, dtype=dtype), *ids, *weights, **given)
+
+
+def linear_call(format: str, scale: torch.dtype, columns: int) -> Call:
+    return call(
+        "mxfp4_linear", meta(3, 64), meta(48, 32, dtype=torch.uint8), meta(48, columns, dtype=scale), None, format
+    )
+
+
+REFUSED: list[tuple[str, Any, str, Call]] = [
+    ("9 tokens share experts", _accepts_decode, "sm120", moe_call(T=9)),
+    ("needs a CUDA GPU", _accepts_grouped, "cpu", moe_call()),
+    ("not float64", _accepts_grouped, "sm120", moe_call(dtype=torch.float64)),
+    ("one dtype, got bfloat16 and float32, float32", _accepts_grouped, "sm120", moe_call(w_dtype=FP32)),
+    ("not uint8", _accepts_grouped, "sm120", moe_call(ids=torch.uint8)),
+    ("writes", _accepts_grouped, "sm120", moe_call(out_dtype=torch.float64)),
+    ("not nvfp4", _accepts_grouped, "sm120", packed_call(format="nvfp4")),
+    ("not fp8", _accepts_grouped, "sm120", packed_call(format="fp8")),
+    ("fp16 cannot hold their range", _accepts_grouped, "sm120", packed_call(dtype=FP16)),
+    ("not nvfp4", _accepts_linear, "sm120", linear_call("nvfp4", torch.float8_e4m3fn, 4)),
+    ("weights are float64", _accepts_route, "sm120", call("moe_route", meta(4, 8), 2, out_dtype=torch.float64)),
+    ("up to 4096 experts", _accepts_route, "sm120", call("moe_route", meta(4, 5000), 2)),
+]
+
+
+@pytest.mark.parametrize(("reason", "accepts", "card", "refused"), REFUSED, ids=[r for r, *_ in REFUSED])
+def test_refusals_say_why(reason: str, accepts: Any, card: str, refused: Call) -> None:
+    pytest.importorskip("triton")
+    answer: Verdict = accepts(refused, by_name(card))
+    assert not answer and reason in answer.reason  # type: ignore[union-attr]
+
+
+def test_what_is_accepted() -> None:
+    pytest.importorskip("triton")
+    card = by_name("sm120")
+    assert _accepts_decode(moe_call(T=2), card) and _accepts_grouped(moe_call(T=5000), card)
+    assert _accepts_grouped(packed_call(), card) and _accepts_grouped(packed_call(scale=torch.float8_e8m0fnu), card)
+    assert _accepts_linear(linear_call("mxfp4", torch.uint8, 2), card)
+    assert _accepts_route(call("moe_route", meta(4, 8), 2), card)
