@@ -1,0 +1,239 @@
+"""What the graph that Dynamo has traced so far knows about two tensors.
+
+Asked by code that is being traced, through functions whose answer is a constant of the trace. Outside of Dynamo,
+or where a private attribute has moved, every answer is False: no more than a longer mask follows.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .refusal import tracers
+
+_DEPTH = 24
+# What makes a tensor of its own memory. Anything else may be a view of its first argument.
+_FRESH = frozenset(
+    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full zeros ones empty full arange "
+    "one_hot linear matmul mm bmm sum mean any all amax amin max min topk sort argsort softmax sigmoid silu gelu "
+    "where eq ne lt le gt ge greater less not_equal add sub mul truediv div clone scatter and_ or_ invert "
+    "bitwise_and bitwise_or logical_and logical_or logical_not relu layer_norm tensor histc bincount cumsum stack "
+    "cat masked_fill exp log rsqrt pow neg".split()
+)
+
+
+@torch._dynamo.assume_constant_result
+def _same() -> bool:
+    nodes = _locals_of(same_value.__code__, "a", "b")
+    return nodes is not None and _equal(nodes[0], nodes[1]) and _untouched(nodes[0]) and _untouched(nodes[1])
+
+
+def same_value(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same expression of the same values."""
+    return _same()
+
+
+@torch._dynamo.assume_constant_result
+def _implied(index: int) -> bool:
+    nodes = _locals_of(implies_hit.__code__, "mask", "hits")
+    if nodes is None:
+        return False
+    mask, hits = (_bool_of(n) for n in nodes)
+    whole = _sum_over_the_rest(hits)
+    if whole is None or _name(mask) != "getitem":
+        return False
+    at = mask.args[1]
+    at = at[0] if isinstance(at, tuple) and len(at) == 1 else at
+    if at != index or not isinstance(mask.args[0], Node):
+        return False
+    return _equal(mask.args[0], whole) and _untouched(mask.args[0]) and _untouched(whole)
+
+
+def implies_hit(mask: Tensor, hits: Tensor, index: int) -> bool:
+    """Whether a True in `mask` implies ``hits[index]``: hits counts mask's tensor, of which mask is row `index`."""
+    return _implied(index)
+
+
+@torch._dynamo.assume_constant_result
+def _never_negative() -> bool:
+    nodes = _locals_of(nonnegative.__code__, "values")
+    return nodes is not None and _is_index(nodes[0])
+
+
+def nonnegative(values: Tensor) -> bool:
+    """Whether integers are known not to be negative: they are the indices that topk, sort or argmax gave."""
+    return _never_negative()
+
+
+def _locals_of(code: Any, *names: str) -> list[Node] | None:
+    for tracer in tracers():
+        if tracer.f_code is code:
+            try:
+                return [tracer.symbolic_locals[name].realize().as_proxy().node for name in names]
+            except (AttributeError, KeyError, NotImplementedError):
+                return None
+    return None
+
+
+def _name(node: Any) -> str:
+    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _equal(a: Any, b: Any, depth: int = _DEPTH) -> bool:
+    if a is b:
+        return True
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+            return len(a) == len(b) and all(_equal(x, y, depth) for x, y in zip(a, b, strict=True))
+        return type(a) is type(b) and not isinstance(a, (Node, dict)) and bool(a == b)
+    if depth == 0 or a.op != b.op or a.target != b.target or not _name(a) or _is_random(a) or _writes(a):
+        return False
+    return (
+        _equal(a.args, b.args, depth - 1)
+        and a.kwargs.keys() == b.kwargs.keys()
+        and all(_equal(a.kwargs[k], b.kwargs[k], depth - 1) for k in a.kwargs)
+    )
+
+
+def _is_random(node: Node) -> bool:
+    name = _name(node)
+    return name.startswith(("rand", "empty", "new_empty", "bernoulli", "multinomial", "normal")) or "dropout" in name
+
+
+IN_PLACE = frozenset(
+    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+     operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod, operator.imatmul,
+     operator.ilshift, operator.irshift}
+)  # fmt: skip
+
+
+def _writes(node: Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if node.target in IN_PLACE or "out" in node.kwargs:
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = _name(node)
+    if getattr(node.target, "__module__", None) == "_operator":
+        return False  # and_, or_
+    return name.endswith("_") and not name.endswith("__")
+
+
+def base_of(node: Node) -> Node:
+    """The tensor whose memory a node may be a view of."""
+    for _ in range(1000):
+        if node.op not in ("call_function", "call_method") or (_name(node) in _FRESH and not _writes(node)):
+            return node
+        inner = node.args[0] if node.args else None
+        if not isinstance(inner, Node):
+            return node
+        node = inner
+    return node
+
+
+def _untouched(node: Node) -> bool:
+    """Whether nothing in the graph writes what an expression reads (or was written before all of it)."""
+    leaves: set[Node] = set()
+    stack, seen = [node], set()
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        leaves.add(base_of(at))
+        if len(seen) < _DEPTH and at not in leaves:
+            stack += at.all_input_nodes
+    return not any(_writes(n) and n.args and base_of(n) in leaves for n in node.graph.nodes)
+
+
+def _bool_of(node: Any) -> Any:
+    """The tensor whose elements differ from 0 where the node is True."""
+    while isinstance(node, Node):
+        name = _name(node)
+        if name in ("ne", "not_equal") and node.args[1] == 0:
+            node = node.args[0]
+        elif name == "bool" or (name == "to" and node.args[1:] == (torch.bool,)):
+            node = node.args[0]
+        else:
+            break
+    return node
+
+
+def _sum_over_the_rest(hits: Any) -> Any:
+    """M if ``hits[e]`` is True whenever any element of ``M[e]`` differs from 0."""
+    if _name(hits) in ("gt", "greater") and hits.args[1] == 0:
+        hits, positive = hits.args[0], True
+    else:
+        positive = False
+    name = _name(hits)
+    if name not in ("sum", "any", "count_nonzero") or not isinstance(hits.args[0], Node):
+        return None
+    whole = hits.args[0]
+    value, result = whole.meta.get("example_value"), hits.meta.get("example_value")
+    if not isinstance(value, Tensor) or not isinstance(result, Tensor) or result.shape != value.shape[:1]:
+        return None
+    dims = hits.args[1] if len(hits.args) > 1 else hits.kwargs.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, (list, tuple)) or {d % value.ndim for d in dims} != set(range(1, value.ndim)):
+        return None
+    if name == "sum" and not (positive or value.dtype == torch.bool) and not _is_one_hot(whole):
+        return None
+    if name == "sum" and value.dtype != torch.bool and not _is_one_hot(whole):
+        return None
+    return _bool_of(whole)
+
+
+def _is_one_hot(node: Any) -> bool:
+    while _name(node) in ("permute", "transpose", "contiguous", "to", "long", "int", "movedim", "clone"):
+        node = node.args[0]
+    return _name(node) == "one_hot"
+
+
+def _is_index(node: Any) -> bool:
+    for _ in range(_DEPTH):
+        name = _name(node)
+        if name in ("argmax", "argmin", "argsort"):
+            return True
+        if name == "getitem" and _name(node.args[0]) in ("topk", "sort", "max", "min") and node.args[1] == 1:
+            return True
+        if name in ("view", "reshape", "flatten", "squeeze", "unsqueeze", "to", "long", "int", "contiguous",
+                    "getitem", "transpose", "permute", "t", "detach", "clone"):  # fmt: skip
+            node = node.args[0]
+            continue
+        return False
+    return False
+
+
+@torch._dynamo.assume_constant_result
+def now() -> int:
+    """The length of the graph so far."""
+    for tracer in tracers():
+        return len(tracer.output.graph.nodes)
+    return 0
+
+
+@torch._dynamo.assume_constant_result
+def _unwritten(start: int) -> bool:
+    nodes = _locals_of(unwritten_since.__code__, "x")
+    if nodes is None:
+        return False
+    base = base_of(nodes[0])
+    for node in list(nodes[0].graph.nodes)[start:]:
+        if _writes(node) and node.args:
+            written = base_of(node.args[0])
+            # Two inputs may share memory.
+            if written is base or (written.op == base.op == "placeholder"):
+                return False
+    return True
+
+
+def unwritten_since(x: Tensor, start: int) -> bool:
+    """Whether nothing has written the memory of `x` since the graph had `start` nodes."""
+    return _unwritten(start)
