@@ -39,7 +39,7 @@ def _name(code: CodeType) -> str:
 
 
 def _say(line: str) -> None:
-    logger.info("code rewriting: %s", line)
+    logger.debug("code rewriting: %s", line)
     for report in active_reports():
         if line not in report.code_rewrites:
             report.code_rewrites.append(line)

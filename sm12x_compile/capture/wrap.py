@@ -138,6 +138,7 @@ def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any
                 if traced.output_graph is None or traced.output_graph.count_calls():
                     return traced
                 log._sm12x_as_it_is = True  # Dynamo skips frames that compute nothing
+            log.clear()
             _forget_symbols()
         _load(call, form_of(code))
         given["one_graph"] = one_graph
@@ -164,6 +165,7 @@ def _forget_symbols() -> None:
 
 
 def _learn(error: BaseException) -> bool:
+    logger.debug("attempt failed: %s", str(error)[:3000], exc_info=error)
     """Whether another attempt may go better: a function was rewritten, or a rewritten one was given up."""
     frames = _frames_of(error)
     for code, line, _ in frames:

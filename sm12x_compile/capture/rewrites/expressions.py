@@ -12,7 +12,7 @@ from .noise import resolve
 
 RUNTIME = "_sm12x"
 # Methods of tensors whose result has a size, or a Python value, that the data decide.
-METHODS = frozenset("nonzero argwhere item tolist unique masked_select".split())
+METHODS = frozenset("nonzero argwhere item tolist unique masked_select bincount".split())
 
 
 def helper(name: str, *args: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.Call:
@@ -82,6 +82,8 @@ class Expressions(ast.NodeTransformer):
             new, what = helper("unique", node.func, *node.args, keywords=node.keywords), "distinct values"
         elif function is torch.masked_select and node.args:
             new, what = helper("masked_select", node.func, *node.args, keywords=node.keywords), "masked selection"
+        elif function is torch.bincount and node.args:
+            new, what = helper("bincount", node.func, *node.args, keywords=node.keywords), "bincount"
         elif function is len and len(node.args) == 1:
             new, what = helper("length", *node.args), ""
         elif function is int and len(node.args) == 1:
@@ -103,7 +105,7 @@ class Expressions(ast.NodeTransformer):
         name, owner = node.func.attr, node.func.value
         if name in METHODS:
             self.note(node, {"item": "item()", "tolist": "tolist()", "unique": "distinct values",
-                             "masked_select": "masked selection"}.get(name, "positions of a mask"))  # fmt: skip
+                             "masked_select": "masked selection", "bincount": "bincount"}.get(name, "positions of a mask"))  # fmt: skip
             new = helper("call_method", owner, ast.Constant(name), *node.args, keywords=node.keywords)
             return ast.copy_location(new, node)
         if name.endswith("_") and not name.endswith("__") and not name.startswith("_"):
@@ -116,6 +118,12 @@ class Expressions(ast.NodeTransformer):
             )
             new = helper("method", owner, ast.Constant(name), args, keywords, predicate(self.under))
             return ast.copy_location(new, node)
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.MatMult):  # Dynamo swaps the operands when the left one is not a tensor
+            return ast.copy_location(helper("matmul", node.left, node.right), node)
         return node
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:

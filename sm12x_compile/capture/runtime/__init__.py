@@ -15,7 +15,7 @@
 
 import operator as operators
 
-from .calls import any_test, call_method, changed_item, sum_test
+from .calls import any_test, bincount, call_method, changed_item, matmul, sum_test
 from .control import UNBOUND, certain, escaping, length, loop, mark_loop, select, tolist
 from .indexing import getitem, masked_select, setitem, view_item
 from .number import item, to_bool, to_float, to_int
@@ -28,7 +28,7 @@ from .writes import augmented, method
 slice = slice
 
 __all__ = [
-    "UNBOUND", "and_", "any_test", "call_method", "changed_item", "operators", "slice", "sum_test", "any_of", "augmented", "certain", "certainly", "check", "escaping", "getitem", "is_data",
+    "UNBOUND", "and_", "any_test", "bincount", "call_method", "changed_item", "operators", "slice", "matmul", "sum_test", "any_of", "augmented", "certain", "certainly", "check", "escaping", "getitem", "is_data",
     "item", "length", "loop", "mark", "mark_loop", "masked_select", "may", "may_not", "method", "nonzero", "not_",
     "or_", "select", "setitem", "test", "to_bool", "to_float", "to_int", "tolist", "under", "unique", "view_item",
 ]  # fmt: skip

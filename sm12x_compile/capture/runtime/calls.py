@@ -11,7 +11,10 @@ from .control import tolist
 from .indexing import getitem, masked_select
 from .number import Number, item
 from .predicates import any_of, not_, test
+from .provenance import index_bound
+from .refusal import refuse
 from .rows import Rows, nonzero
+from .rowwise import apply
 from .selection import HitRow, unique
 
 
@@ -26,6 +29,8 @@ def call_method(x: Any, name: str, *args: Any, **kwargs: Any) -> Any:
             return nonzero(torch.nonzero, x, *args, **kwargs)
         if name == "argwhere":
             return nonzero(torch.argwhere, x)
+        if name == "bincount":
+            return bincount(torch.bincount, x, *args, **kwargs)
         if name == "unique":
             return unique(torch.unique, x, *args, **kwargs)
         if name == "masked_select":
@@ -58,3 +63,17 @@ def changed_item(in_place: Any, operation: Any, x: Any, index: Any, value: Any) 
     """What ``x[index] op= value`` assigns."""
     old = getitem(x, index)
     return operation(old, value) if isinstance(old, (Tensor, Rows, Number, int, float)) else in_place(old, value)
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """``a @ b``."""
+    return apply(torch.matmul, "matmul", (a, b), {}) if isinstance(a, Rows) or isinstance(b, Rows) else a @ b
+
+
+def bincount(func: Any, x: Any, weights: Any = None, minlength: Any = 0) -> Any:
+    """``torch.bincount``: of fixed size if the integers are known to be less than `minlength`."""
+    if isinstance(x, Tensor) and weights is None and isinstance(minlength, int) and 0 <= index_bound(x) <= minlength:
+        return (x.unsqueeze(-1) == torch.arange(minlength, device=x.device)).sum(0)
+    if isinstance(x, Tensor):
+        refuse("bincount of integers that are not known to be less than minlength")
+    return func(x, weights, minlength)

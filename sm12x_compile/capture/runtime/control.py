@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .number import Number, number_of
 from .predicates import Condition, Predicate
-from .provenance import nonnegative
+from .provenance import index_bound
 from .refusal import refuse
 from .rows import Nonzero, Rows
 from .selection import Count, HitRow, Unique
@@ -57,7 +57,7 @@ def _distinct(values: Tensor, indexed: tuple[Any, ...]) -> list[tuple[Predicate 
     bounds = [len(c) for c in indexed if not isinstance(c, (dict, str)) and (not isinstance(c, Tensor) or c.ndim)]
     if not bounds:
         refuse("a loop over the distinct values of a tensor, and nothing says how large they can be")
-    if not nonnegative(values):
+    if index_bound(values) < 0:
         refuse("a loop over the distinct values of a tensor, which may be negative and so index from the end")
     items: list[tuple[Predicate | None, Any]] = []
     for e in range(min(bounds)):

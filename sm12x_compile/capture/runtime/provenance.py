@@ -59,14 +59,14 @@ def implies_hit(mask: Tensor, hits: Tensor, index: int) -> bool:
 
 
 @torch._dynamo.assume_constant_result
-def _never_negative() -> bool:
-    nodes = _locals_of(nonnegative.__code__, "values")
-    return nodes is not None and _is_index(nodes[0])
+def _bound() -> int:
+    nodes = _locals_of(index_bound.__code__, "values")
+    return -1 if nodes is None else _size_indexed(nodes[0])
 
 
-def nonnegative(values: Tensor) -> bool:
-    """Whether integers are known not to be negative: they are the indices that topk, sort or argmax gave."""
-    return _never_negative()
+def index_bound(values: Tensor) -> int:
+    """n if integers are known to lie in [0, n): topk, sort or argmax gave them; -1 if nothing is known."""
+    return _bound()
 
 
 def _locals_of(code: Any, *names: str) -> list[Node] | None:
@@ -196,19 +196,32 @@ def _is_one_hot(node: Any) -> bool:
     return _name(node) == "one_hot"
 
 
-def _is_index(node: Any) -> bool:
+def _size_indexed(node: Any) -> int:
     for _ in range(_DEPTH):
         name = _name(node)
         if name in ("argmax", "argmin", "argsort"):
-            return True
+            return _size_along(node, {"argsort": -1}.get(name))
         if name == "getitem" and _name(node.args[0]) in ("topk", "sort", "max", "min") and node.args[1] == 1:
-            return True
+            inner = node.args[0]
+            return _size_along(inner, -1, place=2 if _name(inner) == "topk" else 1)
         if name in ("view", "reshape", "flatten", "squeeze", "unsqueeze", "to", "long", "int", "contiguous",
-                    "getitem", "transpose", "permute", "t", "detach", "clone"):  # fmt: skip
+                    "getitem", "transpose", "permute", "t", "detach", "clone", "ravel"):  # fmt: skip
             node = node.args[0]
             continue
-        return False
-    return False
+        return -1
+    return -1
+
+
+def _size_along(node: Node, default: int | None, place: int = 1) -> int:
+    """The size of a node's operand along its argument `dim`."""
+    if not isinstance(node.args[0], Node):
+        return -1
+    value = node.args[0].meta.get("example_value")
+    dim = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
+    if not isinstance(value, Tensor) or not isinstance(dim, (int, type(None))) or isinstance(dim, bool):
+        return -1
+    size = value.numel() if dim is None else value.shape[dim]
+    return size if isinstance(size, int) else -1
 
 
 @torch._dynamo.assume_constant_result

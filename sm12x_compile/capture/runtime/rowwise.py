@@ -25,7 +25,7 @@ ELEMENTWISE = frozenset(
     "eq ne not_equal lt less le less_equal gt greater ge greater_equal logical_and logical_or logical_xor "
     "logical_not bitwise_and bitwise_or bitwise_xor bitwise_not logaddexp atan atan2 asin acos sinh cosh xlogy "
     "float double half bfloat16 long int bool to type type_as clone contiguous detach copysign hypot zeros_like "
-    "ones_like full_like __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __pow__ "
+    "ones_like full_like __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __rmod__ __pow__ "
     "__floordiv__ __rfloordiv__ __mod__ __rpow__ __neg__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __and__ __or__ "
     "truediv floordiv mod and_ or_ invert iadd imul isub itruediv".split()
 )
@@ -90,7 +90,7 @@ def apply(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return scatter(name, args, kwargs, None)
     if name in ("index_select", "embedding", "__getitem__", "getitem"):
         return _gather(name, args, kwargs)
-    if name.endswith("_") and not name.endswith("__") and name[:-1] in ELEMENTWISE:
+    if name[-1:] == "_" and name[:-1] in ELEMENTWISE:
         return in_place(name, args, kwargs)
     mixes(name, "whether it treats each row that a mask selects by itself is not known")
 

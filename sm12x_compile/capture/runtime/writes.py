@@ -25,7 +25,7 @@ def scatter(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], under: Pre
     out = args[0]
     if not isinstance(out, Tensor):
         mixes(name, "the tensor that is written has no fixed size")
-    if not name.endswith("_"):
+    if name[-1:] != "_":
         out, name = out.clone(), name + "_"
     if name in ("index_add_", "index_copy_", "scatter_add_"):
         dim, index, source = _three(name, args, kwargs)
