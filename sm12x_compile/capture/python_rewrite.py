@@ -129,6 +129,10 @@ def _compiled(tree: ast.FunctionDef, like: CodeType) -> CodeType:
     if sys.version_info >= (3, 12):
         outer.type_params = []
     module = ast.fix_missing_locations(ast.Module([outer], []))
+    for node in ast.walk(module):
+        # A call that spans lines is ascribed to its last one; what is reported is the first.
+        if isinstance(node, (ast.stmt, ast.expr)) and node.end_lineno != node.lineno:
+            node.end_lineno, node.end_col_offset = node.lineno, node.col_offset
     whole = compile(module, like.co_filename, "exec", like.co_flags & _FUTURES, dont_inherit=True)
     for _ in range(2):
         whole = next(c for c in whole.co_consts if isinstance(c, CodeType))

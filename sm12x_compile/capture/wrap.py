@@ -165,7 +165,6 @@ def _forget_symbols() -> None:
 
 
 def _learn(error: BaseException) -> bool:
-    logger.debug("attempt failed: %s", str(error)[:3000], exc_info=error)
     """Whether another attempt may go better: a function was rewritten, or a rewritten one was given up."""
     frames = _frames_of(error)
     for code, line, _ in frames:
@@ -176,7 +175,7 @@ def _learn(error: BaseException) -> bool:
     if not isinstance(error, torch._dynamo.exc.Unsupported):
         return False
     for code, line, names in frames:
-        if code in _rewritten or code in refused:
+        if code in _rewritten or code in refused or code.co_name.startswith("torch_dynamo_resume_in"):
             continue
         try:
             found = rewrite(code, names)

@@ -553,13 +553,13 @@ def _zero_(x: Tensor) -> None:
 
 def helper_writes(x: Tensor, mask: Tensor) -> Tensor:
     y = x.clone()
-    if mask.any():
+    if mask.any():  # refused
         z = _zero_(y)  # noqa: F841
     return y
 
 
 def random_numbers(x: Tensor, mask: Tensor) -> Tensor:
-    if mask.any():
+    if mask.any():  # refused
         x = x + torch.rand_like(x)
     return x
 

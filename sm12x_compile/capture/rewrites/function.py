@@ -141,6 +141,7 @@ class _Function:
         if isinstance(s, ast.For):
             return self.loop(s, under, live)
         if isinstance(s, ast.While):
+            self.note(s, "loop while a condition holds")
             s.test = helper("certainly", helper("test", self.expressions.of(s.test, under)))
             s.body = self.block(s.body, under, live | loads(s))
             return [s]

@@ -150,7 +150,7 @@ def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
     if isinstance(entries[0], slice) and _has_number(entries[0]) and len(entries) == 1:
         entries = (_range_of(x, entries[0]),)
     if len(entries) == 1 and _is_mask(entries[0]) and tuple(x.shape[: entries[0].ndim]) == tuple(entries[0].shape):
-        mask = entries[0].bool()
+        mask = entries[0] if entries[0].dtype == torch.bool else entries[0].bool()
         if isinstance(value, Rows):
             if not value.selection.same_as(Selection(mask)):
                 mixes("assignment", "rows that different masks select meet")

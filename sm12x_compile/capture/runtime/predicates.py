@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .provenance import implies_hit, same_value
+from .provenance import implies_hit, now, same_value
 from .refusal import refuse
 
 
@@ -30,11 +30,12 @@ class Condition:
         self.nonempty = nonempty
         self.hits = hits
         self.index = index
+        self.start = now()
 
     def follows_from_a_hit_in(self, mask: Tensor) -> bool:
         """Whether any True in `mask` makes the condition true."""
         if self.nonempty is not None:
-            return self.nonempty is mask or same_value(self.nonempty, mask)
+            return same_value(self.nonempty, mask, self.start)
         if self.hits is not None:
             return implies_hit(mask, self.hits, self.index)
         return False

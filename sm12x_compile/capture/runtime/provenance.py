@@ -26,15 +26,61 @@ _FRESH = frozenset(
 )
 
 
+class _Comparison:
+    """Two expressions node by node: the nodes that there are twice, and the operands that they share."""
+
+    def __init__(self) -> None:
+        self.twice: set[Node] = set()
+        self.shared: set[Node] = set()
+
+    def equal(self, a: Any, b: Any, depth: int = _DEPTH) -> bool:
+        if isinstance(a, Node) and a is b:
+            self.shared.add(a)
+            return True
+        if not isinstance(a, Node) or not isinstance(b, Node):
+            if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+                return len(a) == len(b) and all(self.equal(x, y, depth) for x, y in zip(a, b, strict=True))
+            return type(a) is type(b) and not isinstance(a, (Node, dict)) and bool(a == b)
+        if depth == 0 or a.op != b.op or a.target != b.target or not _name(a) or _is_random(a) or _writes(a):
+            return False
+        self.twice |= {a, b}
+        return (
+            self.equal(a.args, b.args, depth - 1)
+            and a.kwargs.keys() == b.kwargs.keys()
+            and all(self.equal(a.kwargs[k], b.kwargs[k], depth - 1) for k in a.kwargs)
+        )
+
+    def undisturbed(self, start: int | None = None) -> bool:
+        """Whether no shared operand is written after the first node that reads it (and since `start`)."""
+        missing = set(self.twice)
+        bases = {base_of(n) for n in self.shared | self.twice}
+        graph = next(iter(bases)).graph
+        left = len(graph.nodes) - start if start is not None else 0
+        for node in reversed(graph.nodes):
+            if not missing and left <= 0:
+                return True
+            missing.discard(node)
+            left -= 1
+            if _writes(node) and node.args and _may_touch(base_of(node.args[0]), bases):
+                return False
+        return True
+
+
+def _may_touch(written: Any, bases: set[Node]) -> bool:
+    # Two inputs may share memory.
+    return written in bases or (written.op == "placeholder" and any(b.op == "placeholder" for b in bases))
+
+
 @torch._dynamo.assume_constant_result
-def _same() -> bool:
+def _same(start: int) -> bool:
     nodes = _locals_of(same_value.__code__, "a", "b")
-    return nodes is not None and _equal(nodes[0], nodes[1]) and _untouched(nodes[0]) and _untouched(nodes[1])
+    comparison = _Comparison()
+    return nodes is not None and comparison.equal(nodes[0], nodes[1]) and comparison.undisturbed(start)
 
 
-def same_value(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same expression of the same values."""
-    return _same()
+def same_value(a: Tensor, b: Tensor, start: int) -> bool:
+    """Whether two tensors are the same expression of the same values, unwritten since the graph had `start` nodes."""
+    return _same(start)
 
 
 @torch._dynamo.assume_constant_result
@@ -42,15 +88,21 @@ def _implied(index: int) -> bool:
     nodes = _locals_of(implies_hit.__code__, "mask", "hits")
     if nodes is None:
         return False
-    mask, hits = (_bool_of(n) for n in nodes)
-    whole = _sum_over_the_rest(hits)
+    mask = _bool_of(nodes[0])
+    whole = _sum_over_the_rest(_bool_of(nodes[1]))
     if whole is None or _name(mask) != "getitem":
         return False
     at = mask.args[1]
     at = at[0] if isinstance(at, tuple) and len(at) == 1 else at
     if at != index or not isinstance(mask.args[0], Node):
         return False
-    return _equal(mask.args[0], whole) and _untouched(mask.args[0]) and _untouched(whole)
+    comparison = _Comparison()
+    comparison.twice = {nodes[0], nodes[1], mask}
+    total = _bool_of(nodes[1])
+    while total is not whole and isinstance(total, Node) and total.args:  # the reduction read M first
+        comparison.twice.add(total)
+        total = total.args[0]
+    return comparison.equal(mask.args[0], whole) and comparison.undisturbed()
 
 
 def implies_hit(mask: Tensor, hits: Tensor, index: int) -> bool:
@@ -83,22 +135,6 @@ def _name(node: Any) -> str:
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return ""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _equal(a: Any, b: Any, depth: int = _DEPTH) -> bool:
-    if a is b:
-        return True
-    if not isinstance(a, Node) or not isinstance(b, Node):
-        if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-            return len(a) == len(b) and all(_equal(x, y, depth) for x, y in zip(a, b, strict=True))
-        return type(a) is type(b) and not isinstance(a, (Node, dict)) and bool(a == b)
-    if depth == 0 or a.op != b.op or a.target != b.target or not _name(a) or _is_random(a) or _writes(a):
-        return False
-    return (
-        _equal(a.args, b.args, depth - 1)
-        and a.kwargs.keys() == b.kwargs.keys()
-        and all(_equal(a.kwargs[k], b.kwargs[k], depth - 1) for k in a.kwargs)
-    )
 
 
 def _is_random(node: Node) -> bool:
@@ -136,21 +172,6 @@ def base_of(node: Node) -> Node:
             return node
         node = inner
     return node
-
-
-def _untouched(node: Node) -> bool:
-    """Whether nothing in the graph writes what an expression reads (or was written before all of it)."""
-    leaves: set[Node] = set()
-    stack, seen = [node], set()
-    while stack:
-        at = stack.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        leaves.add(base_of(at))
-        if len(seen) < _DEPTH and at not in leaves:
-            stack += at.all_input_nodes
-    return not any(_writes(n) and n.args and base_of(n) in leaves for n in node.graph.nodes)
 
 
 def _bool_of(node: Any) -> Any:
@@ -237,14 +258,9 @@ def _unwritten(start: int) -> bool:
     nodes = _locals_of(unwritten_since.__code__, "x")
     if nodes is None:
         return False
-    base = base_of(nodes[0])
-    for node in list(nodes[0].graph.nodes)[start:]:
-        if _writes(node) and node.args:
-            written = base_of(node.args[0])
-            # Two inputs may share memory.
-            if written is base or (written.op == base.op == "placeholder"):
-                return False
-    return True
+    comparison = _Comparison()
+    comparison.shared = {nodes[0]}
+    return comparison.undisturbed(start)
 
 
 def unwritten_since(x: Tensor, start: int) -> bool:

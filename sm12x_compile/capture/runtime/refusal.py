@@ -26,13 +26,11 @@ def tracers() -> Iterator[Any]:
         from torch._dynamo.symbolic_convert import InstructionTranslatorBase
     except ImportError:
         return
+    run = getattr(InstructionTranslatorBase.run, "__code__", None)
     frame = sys._getframe(1)
-    seen: set[int] = set()
     while frame is not None:
-        tracer = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
-        if isinstance(tracer, InstructionTranslatorBase) and id(tracer) not in seen:
-            seen.add(id(tracer))
-            yield tracer
+        if frame.f_code is run:
+            yield frame.f_locals["self"]
         frame = frame.f_back  # type: ignore[assignment]
 
 

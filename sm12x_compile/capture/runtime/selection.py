@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .number import Number
 from .predicates import Condition, Predicate, not_
-from .provenance import same_value
+from .provenance import now, same_value
 from .refusal import refuse
 
 
@@ -22,9 +22,10 @@ class Selection:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
+        self.start = now()
 
     def same_as(self, other: Selection) -> bool:
-        return self is other or self.mask is other.mask or same_value(self.mask, other.mask)
+        return self is other or same_value(self.mask, other.mask, min(self.start, other.start))
 
 
 class Count(Number):

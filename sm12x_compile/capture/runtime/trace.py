@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -59,8 +60,11 @@ def _begin() -> int:
 def _check(start: int) -> None:
     for tracer in tracers():
         before = _before.get(start)
-        for node in list(tracer.output.graph.nodes)[start:]:
-            why = _effect(node, tracer.output.graph, start)
+        graph = tracer.output.graph
+        inside = list(islice(reversed(graph.nodes), len(graph.nodes) - start))[::-1]
+        own = set(inside)
+        for node in inside:
+            why = _effect(node, own)
             if why:
                 restart_without(f"{why} under a condition that depends on tensor values")
         if before is not None and _objects(tracer) != before:
@@ -81,15 +85,14 @@ def _objects(tracer: Any) -> Any:
     }
 
 
-def _effect(node: Node, graph: torch.fx.Graph, start: int) -> str | None:
+def _effect(node: Node, own: set[Node]) -> str | None:
     if node.target in OWN_WRITES:
         return None
     if _is_random(node) and not _name(node).startswith(("empty", "new_empty")):
         return f"{_name(node)} draws random numbers"
     if not _writes(node) or not node.args:
         return None
-    nodes = list(graph.nodes)
     base = base_of(node.args[0]) if isinstance(node.args[0], Node) else node
-    if base in nodes[start:] and base.op in ("call_function", "call_method"):
+    if base in own and base.op in ("call_function", "call_method"):
         return None
     return f"{_name(node)} writes a tensor"
