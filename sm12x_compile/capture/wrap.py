@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from . import breaks
+from . import breaks, recompiles
 from .python_rewrite import NotRewritable, Rewritten, rewrite
-from .runtime.refusal import originals, refused
+from .runtime.refusal import frame, originals
 from .scope import options_for
 
 logger = logging.getLogger("sm12x_compile")
@@ -47,7 +47,7 @@ _undo: list[Callable[[], None]] = []
 def form_of(code: CodeType) -> CodeType:
     """The code to trace for a function: its own, or what was found to stand for it."""
     found = _rewritten.get(code)
-    if found is None or code in refused:
+    if found is None or code in frame.refused:
         return code
     breaks.say_rewritten(code, found)
     return found.code
@@ -57,6 +57,7 @@ def install() -> None:
     """Wrap Dynamo's two places; where a torch version lacks one of them, nothing is ever rewritten."""
     if _undo:
         return
+    recompiles.install()
     try:
         from torch._dynamo import convert_frame
         from torch._dynamo.variables.functions import NestedUserFunctionVariable, UserFunctionVariable
@@ -96,19 +97,25 @@ def _wrap_get_code(owner: Any) -> None:
 
 
 def uninstall() -> None:
+    """Give Dynamo's functions back and forget what was rewritten."""
+    recompiles.uninstall()
     while _undo:
         _undo.pop()()
-    for table in (_rewritten, originals, refused):
-        table.clear()
+    _rewritten.clear()
+    originals.clear()
 
 
 @contextmanager
-def _ours() -> Iterator[None]:
-    before, _tracing.active = _tracing.active, True
+def _ours(log: Any) -> Iterator[None]:
+    """Trace for our backend; Dynamo keeps one `log` for all its attempts at a frame."""
+    before = _tracing.active, frame.refused
+    if not hasattr(log, "_sm12x_refused"):
+        log._sm12x_refused = {}
+    _tracing.active, frame.refused = True, log._sm12x_refused
     try:
         yield
     finally:
-        _tracing.active = before
+        _tracing.active, frame.refused = before
 
 
 def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any:
@@ -117,12 +124,12 @@ def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any
     if options is None or not options.capture:
         return trace_frame(*call.args, **call.kwargs)
     code, log, one_graph = given["code"], given["speculation_log"], given["one_graph"]
-    with _ours():
+    with _ours(log):
         while not getattr(log, "_sm12x_as_it_is", False):
             _load(call, form_of(code))
             given["one_graph"] = False  # this would let sizes that depend on data into the graph
             log.clear()
-            known = len(refused)
+            known = len(frame.refused)
             try:
                 with torch._dynamo.error_on_graph_break(True):
                     traced = trace_frame(*call.args, **call.kwargs)
@@ -136,6 +143,8 @@ def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any
                     log._sm12x_as_it_is = True
             else:
                 if traced.output_graph is None or traced.output_graph.count_calls():
+                    # Dynamo keeps this for errors of later calls, which must not be ours to decide.
+                    traced.error_on_graph_break = _error_on_graph_break()
                     return traced
                 log._sm12x_as_it_is = True  # Dynamo skips frames that compute nothing
             log.clear()
@@ -157,6 +166,12 @@ def _load(call: inspect.BoundArguments, code: CodeType) -> None:
     call.arguments["code_options"].update({key: getattr(code, key) for key in get_code_keys()})
 
 
+def _error_on_graph_break() -> bool:
+    from torch._dynamo.symbolic_convert import _get_error_on_graph_break
+
+    return bool(_get_error_on_graph_break())
+
+
 def _forget_symbols() -> None:
     """What Dynamo does between two attempts at a frame."""
     state = getattr(torch._dynamo.convert_frame, "TensorifyState", None)
@@ -170,21 +185,21 @@ def _learn(error: BaseException) -> bool:
     for code, line, _ in frames:
         original = originals.get(code)
         if original is not None:
-            refused[original] = (line, f"its rewritten form does not trace: {_first_line(error)}")
+            frame.refused[original] = (line, f"its rewritten form does not trace: {_first_line(error)}")
             return True
     if not isinstance(error, torch._dynamo.exc.Unsupported):
         return False
     for code, line, names in frames:
-        if code in _rewritten or code in refused or code.co_name.startswith("torch_dynamo_resume_in"):
+        if code in _rewritten or code in frame.refused or code.co_name.startswith("torch_dynamo_resume_in"):
             continue
         try:
             found = rewrite(code, names)
         except NotRewritable as reason:
-            refused[code] = (line, f"{reason} ({_first_line(error)})")
+            frame.refused[code] = (line, f"{reason} ({_first_line(error)})")
             continue
         except Exception as bug:  # ours must not fail the user's model
             logger.warning("rewriting %s failed", code.co_name, exc_info=True)
-            refused[code] = (line, f"rewriting it failed ({type(bug).__name__}: {bug}); please report it")
+            frame.refused[code] = (line, f"rewriting it failed ({type(bug).__name__}: {bug}); please report it")
             continue
         _rewritten[code] = found
         if found is not None:
@@ -223,5 +238,5 @@ def _first_line(error: BaseException) -> str:
 
 def _report_refusals(known: int) -> None:
     """Report what has been refused since there were `known` refusals."""
-    for code, (line, reason) in list(refused.items())[known:]:
+    for code, (line, reason) in list(frame.refused.items())[known:]:
         breaks.say_refused(code, line, reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -16,8 +17,21 @@ class CannotRewrite(Exception):
 
 # Rewritten code object -> the original that it stands for.
 originals: dict[types.CodeType, types.CodeType] = {}
-# Original code object -> (line, reason): from now on it is traced as it is.
-refused: dict[types.CodeType, tuple[int, str]] = {}
+
+
+class _Frame(threading.local):
+    """The frame that Dynamo is at work on.
+
+    Attributes:
+        refused: functions that are traced as they are in this frame, with line and reason. Another frame, with
+            other inputs, may well take the rewritten form.
+    """
+
+    def __init__(self) -> None:
+        self.refused: dict[types.CodeType, tuple[int, str]] = {}
+
+
+frame = _Frame()
 
 
 def tracers() -> Iterator[Any]:
@@ -27,11 +41,11 @@ def tracers() -> Iterator[Any]:
     except ImportError:
         return
     run = getattr(InstructionTranslatorBase.run, "__code__", None)
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is run:
-            yield frame.f_locals["self"]
-        frame = frame.f_back  # type: ignore[assignment]
+    python: types.FrameType | None = sys._getframe(1)
+    while python is not None:
+        if python.f_code is run:
+            yield python.f_locals["self"]
+        python = python.f_back
 
 
 @torch._dynamo.assume_constant_result
@@ -49,7 +63,7 @@ def restart_without(reason: str) -> None:
     for tracer in tracers():
         original = originals.get(tracer.f_code)
         if original is not None:
-            refused[original] = (int(tracer.lineno or original.co_firstlineno), reason)
+            frame.refused[original] = (int(tracer.lineno or original.co_firstlineno), reason)
             # This kind of restart also forgets where graph breaks were expected.
             raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason=f"sm12x: {reason}")
     raise CannotRewrite(reason)
