@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,17 @@ Inputs = tuple[Tensor, ...]
 Draw = Callable[[str, torch.Generator], Inputs]
 
 
+# How far from eager: the same bits; the last bit of exp and its kin, whose vectorised loops round differently from
+# their scalar tails; or another order of summation.
+Rounding = Literal["none", "last bit", "sums"]
+
+
 @dataclass
 class Snippet:
     name: str
     make: Callable[[], Callable[..., Any]]
     draw: Draw
-    exact: bool = True
+    rounding: Rounding = "none"
 
 
 def _mask(hits: str, g: torch.Generator, *shape: int) -> Tensor:
@@ -421,35 +426,35 @@ def _plain(f: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
 
 
 COMPILED: list[Snippet] = [
-    *(Snippet(m.__name__, m, routing, exact=False) for m in (
+    *(Snippet(m.__name__, m, routing, "sums") for m in (
         LoopOverHits, LoopOverItems, ModuleListLoop, UniqueLoop, FlatSlots, SortedSlices)),
-    Snippet("TopOne", TopOne, top_one, exact=False),
-    Snippet("Counting", Counting, tokens_and_mask),
-    *(Snippet(f.__name__, _plain(f), draw, exact) for f, draw, exact in (
-        (clamp_rows, tokens_and_mask, True),
-        (scaled_in_place, tokens_and_mask, True),
-        (masked_elements, same_shape_mask, True),
-        (masked_constant, tokens_and_mask, True),
-        (two_dimensional, matrix_and_mask, True),
-        (positions_of_two, matrix_and_mask, False),
-        (sum_of_selected, tokens_and_mask, False),
-        (mean_loss, tokens_and_mask, False),
-        (guard_any, tokens_and_mask, True),
-        (guard_sum, tokens_and_mask, True),
-        (fix_infinities, numbers, True),
-        (either_way, numbers, True),
-        (three_ways, numbers, True),
-        (early_exit, tokens_and_mask, True),
-        (scale_by_number, numbers, True),
-        (index_by_number, numbers, True),
-        (accumulate_in_loop, tokens_and_mask, True),
-        (loop_writes_rows, tokens_and_mask, True),
-        (nested_conditions, tokens_and_mask, True),
-        (conditional_expression, numbers, True),
-        (write_under_condition, numbers, True),
-        (not_a_number_outside, tokens_and_mask, True),
-        (old_value_is_kept, tokens_and_mask, True),
-        (warn_and_go_on, tokens_and_mask, True),
+    Snippet("TopOne", TopOne, top_one, "sums"),
+    Snippet("Counting", Counting, tokens_and_mask, "last bit"),
+    *(Snippet(f.__name__, _plain(f), draw, rounding) for f, draw, rounding in (
+        (clamp_rows, tokens_and_mask, "none"),
+        (scaled_in_place, tokens_and_mask, "none"),
+        (masked_elements, same_shape_mask, "last bit"),
+        (masked_constant, tokens_and_mask, "none"),
+        (two_dimensional, matrix_and_mask, "last bit"),
+        (positions_of_two, matrix_and_mask, "sums"),
+        (sum_of_selected, tokens_and_mask, "sums"),
+        (mean_loss, tokens_and_mask, "sums"),
+        (guard_any, tokens_and_mask, "none"),
+        (guard_sum, tokens_and_mask, "none"),
+        (fix_infinities, numbers, "none"),
+        (either_way, numbers, "none"),
+        (three_ways, numbers, "none"),
+        (early_exit, tokens_and_mask, "none"),
+        (scale_by_number, numbers, "none"),
+        (index_by_number, numbers, "none"),
+        (accumulate_in_loop, tokens_and_mask, "none"),
+        (loop_writes_rows, tokens_and_mask, "none"),
+        (nested_conditions, tokens_and_mask, "none"),
+        (conditional_expression, numbers, "none"),
+        (write_under_condition, numbers, "none"),
+        (not_a_number_outside, tokens_and_mask, "last bit"),
+        (old_value_is_kept, tokens_and_mask, "last bit"),
+        (warn_and_go_on, tokens_and_mask, "none"),
     )),
 ]  # fmt: skip
 
