@@ -40,6 +40,12 @@ class Conditions:
                 then.append(_assign(into, helper(combine, load(into), load(part)), value))
                 out.append(ast.copy_location(ast.If(helper(goes_on, load(into)), then, []), value))
             return out
+        if isinstance(test, ast.Compare) and len(test.ops) > 1:
+            operands = [test.left, *test.comparators]
+            if all(isinstance(e, (ast.Name, ast.Constant)) for e in operands[1:-1]):
+                pairs = zip(operands, test.ops, operands[1:], strict=False)
+                parts: list[ast.expr] = [ast.copy_location(ast.Compare(a, [op], [b]), test) for a, op, b in pairs]
+                return self.compute(ast.copy_location(ast.BoolOp(ast.And(), parts), test), into, under)
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             out = self.compute(test.operand, into, under)
             return [*out, _assign(into, helper("not_", load(into)), test)]

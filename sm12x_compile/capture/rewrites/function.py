@@ -82,7 +82,7 @@ class _Function:
 
     def single_return(self, body: list[ast.stmt]) -> list[ast.stmt]:
         """``if c: return a`` before other statements becomes a branch with an else."""
-        if not any(isinstance(s, ast.If) and _ends(s.body, ast.Return) and not is_plain(s.test) for s in body):
+        if not any(isinstance(s, ast.If) and _leaves([s], ast.Return) for s in body):
             return body
         name = self.fresh("r")
         out = self._returning(body, name)
@@ -90,7 +90,7 @@ class _Function:
 
     def _returning(self, body: list[ast.stmt], name: str) -> list[ast.stmt]:
         for k, s in enumerate(body):
-            if isinstance(s, ast.If) and (_ends(s.body, ast.Return) or (s.orelse and _ends(s.orelse, ast.Return))):
+            if isinstance(s, ast.If) and (_leaves(s.body, ast.Return) or _leaves(s.orelse, ast.Return)):
                 rest = body[k + 1 :]
                 sides = [b if _ends(b, ast.Return) else [*b, *rest] for b in (s.body, s.orelse)]
                 new = ast.If(s.test, *[self._returning(side, name) for side in sides])
@@ -108,7 +108,7 @@ class _Function:
         for k, s in enumerate(body):
             if isinstance(s, ast.Continue):
                 return body[:k]
-            if isinstance(s, ast.If) and (_ends(s.body, ast.Continue) or (s.orelse and _ends(s.orelse, ast.Continue))):
+            if isinstance(s, ast.If) and (_leaves(s.body, ast.Continue) or _leaves(s.orelse, ast.Continue)):
                 rest = body[k + 1 :]
                 sides = []
                 for side in (s.body, s.orelse):
@@ -325,6 +325,14 @@ def _is_plain_loop(e: ast.expr) -> bool:
 
 def _ends(body: list[ast.stmt], kind: type[ast.stmt]) -> bool:
     return bool(body) and isinstance(body[-1], kind)
+
+
+def _leaves(body: list[ast.stmt], kind: type[ast.stmt]) -> bool:
+    """Whether a block may leave by its last statement."""
+    last = body[-1] if body else None
+    if isinstance(last, ast.If):
+        return _leaves(last.body, kind) or _leaves(last.orelse, kind)
+    return isinstance(last, kind)
 
 
 def _only_names(t: ast.expr) -> bool:

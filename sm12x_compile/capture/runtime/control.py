@@ -83,11 +83,13 @@ def select(t: Any, taken: Any, otherwise: Any) -> Any:
 
 
 def _select(t: Predicate, a: Any, b: Any) -> Any:
-    if a is b or b is UNBOUND:
+    if isinstance(b, _Unbound):
         return a
-    if a is UNBOUND:
+    if isinstance(a, _Unbound):
         return b
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a is b:
+            return a
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             refuse("a name gets tensors of different shape or dtype, depending on tensor values")
         needs_gradients(a, b)
@@ -104,6 +106,10 @@ def _select(t: Predicate, a: Any, b: Any) -> Any:
     if _is_number(a) and _is_number(b):
         return _select_number(t, a, b)
     if (a is None and b is None) or (isinstance(a, str) and isinstance(b, str) and a == b):
+        return a
+    if isinstance(a, bool) and isinstance(b, bool) and a == b:
+        return a
+    if not isinstance(a, (Tensor, tuple, list, int, float, str, Number, Rows)) and a is b:
         return a
     refuse("a name gets different kinds of values, depending on tensor values")
 

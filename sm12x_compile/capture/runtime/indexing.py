@@ -61,8 +61,8 @@ def _masked(x: Tensor, mask: Tensor, rest: tuple[Any, ...]) -> Rows:
 def _alias(selection: Selection, axes: tuple[int, ...], dense: Tensor) -> Rows:
     """Rows whose dense form is the author's own tensor, for as long as nobody writes that."""
     if torch.compiler.is_compiling():
-        return Rows(selection, axes, dense, fresh=False, gathered=now())
-    return Rows(selection, axes, dense.clone(), fresh=False)
+        return Rows(selection, axes, dense, gathered=now())
+    return Rows(selection, axes, dense.clone())
 
 
 def _gathered(x: Tensor, entries: tuple[Any, ...]) -> Rows:
@@ -149,6 +149,10 @@ def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
         return
     if isinstance(entries[0], slice) and _has_number(entries[0]) and len(entries) == 1:
         entries = (_range_of(x, entries[0]),)
+    if len(entries) > 1 and _is_basic(entries[1:]) and (_is_mask(entries[0]) or isinstance(entries[0], Rows)):
+        # Selected rows of some columns: a view of those columns is written.
+        lead = entries[0].ndim if isinstance(entries[0], Tensor) else 1
+        x, entries, index = x[(*([slice(None)] * lead), *entries[1:])], entries[:1], entries[0]
     if len(entries) == 1 and _is_mask(entries[0]) and tuple(x.shape[: entries[0].ndim]) == tuple(entries[0].shape):
         mask = entries[0] if entries[0].dtype == torch.bool else entries[0].bool()
         if isinstance(value, Rows):
@@ -176,6 +180,10 @@ def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
     changed = x.clone()
     changed[key] = value
     under_condition(x, changed, under)
+
+
+def _is_basic(entries: tuple[Any, ...]) -> bool:
+    return all(isinstance(e, (int, slice)) and not (isinstance(e, slice) and _has_number(e)) for e in entries)
 
 
 def _odd(e: Any) -> bool:

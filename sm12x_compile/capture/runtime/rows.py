@@ -29,7 +29,8 @@ class Rows:
         component: the value is the position along this axis of the mask (an index that `where` gave), if any.
         factor: the value is ``dense * factor`` with `factor` one number for each row, over more axes than
             `dense`. Kept apart so that the product is taken once for each element of `dense`.
-        fresh: `dense` is memory of our own, so that it may be written.
+        fresh: in the author's code no other value shares its memory, so that it may be written in place (which
+            gives it a new `dense` here).
         gathered: where in the trace `dense`, still the memory of the author's tensor, was read; -1 if it is not.
             The author's code made a copy there, so a write since then must not be seen.
     """

@@ -96,7 +96,7 @@ def apply(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``rows.op_(...)``: a copy that gather made is written, never what it was gathered from."""
+    """``rows.op_(...)``: the rows get a new dense form; what they were gathered from is never written."""
     rows = args[0]
     if not isinstance(rows, Rows):
         mixes(name, "a tensor is written from rows without saying where they belong")
@@ -106,7 +106,7 @@ def in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         new = elementwise(None, "to", (new, dtype), {})
     if not rows.fresh:
         mixes(name, "a view of rows is written in place")
-    rows.axes, rows._dense, rows.factor, rows.component = new.axes, new._dense, new.factor, None
+    rows.axes, rows._dense, rows.factor, rows.component, rows.gathered = new.axes, new._dense, new.factor, None, -1
     return rows
 
 

@@ -59,7 +59,7 @@ def _begin() -> int:
 @torch._dynamo.assume_constant_result
 def _check(start: int) -> None:
     for tracer in tracers():
-        before = _before.get(start)
+        before = _before.pop(start, None)
         graph = tracer.output.graph
         inside = list(islice(reversed(graph.nodes), len(graph.nodes) - start))[::-1]
         own = set(inside)
@@ -67,22 +67,57 @@ def _check(start: int) -> None:
             why = _effect(node, own)
             if why:
                 restart_without(f"{why} under a condition that depends on tensor values")
-        if before is not None and _objects(tracer) != before:
+        if before is not None and _changed(tracer, before):
             restart_without("an object is changed under a condition that depends on tensor values")
         return
 
 
-def _objects(tracer: Any) -> Any:
-    """Attributes of objects that exist outside of the trace, as far as they have been set."""
+def _objects(tracer: Any) -> list[tuple[Any, Any]]:
+    """Every object and container of Python that exists now, with what it holds.
+
+    An object made later is not in the list, so it may change; the list keeps what it names alive.
+    """
     effects = tracer.output.side_effects
-    mutations = getattr(effects, "store_attr_mutations", {})
-    new = torch._dynamo.variables.base.AttributeMutationNew
-    return {
-        (id(owner), name): id(value)
-        for owner, values in mutations.items()
-        if not isinstance(owner.mutation_type, new)
-        for name, value in values.items()
-    }
+    attributes: dict[int, Any] = {}
+    for owner, values in getattr(effects, "store_attr_mutations", {}).items():
+        attributes[id(owner)] = values
+    found: dict[int, tuple[Any, Any]] = {}
+    stack: list[Any] = list(getattr(effects, "id_to_variable", {}).values())
+    for frame in tracers():
+        stack += [*frame.symbolic_locals.values(), *frame.stack]
+    while stack:
+        value = stack.pop()
+        if id(value) in found or _is_our_own(value):
+            continue
+        held = attributes.get(id(value))
+        children = list(held.values()) if held else []
+        fields = vars(value)  # attributes may be computed, and realise what Dynamo has not looked at yet
+        items = fields.get("items")
+        if isinstance(items, dict):
+            children += list(items.values())
+        elif isinstance(items, list):
+            children += items
+        changed = getattr(fields.get("mutation_type"), "is_modified", False)
+        found[id(value)] = (value, (children, changed))
+        stack += children
+    return list(found.values())
+
+
+def _changed(tracer: Any, before: list[tuple[Any, Any]]) -> bool:
+    now = {id(value): state for value, state in _objects(tracer)}
+    for value, (children, modified) in before:
+        new = now.get(id(value))
+        if new is None:
+            continue  # out of reach: nobody can see it
+        if new[1] != modified or [id(c) for c in new[0]] != [id(c) for c in children]:
+            return True
+    return False
+
+
+def _is_our_own(value: Any) -> bool:
+    """Objects of this package remember things about themselves, which nobody else sees."""
+    kind = type(vars(value).get("value"))
+    return str(getattr(kind, "__module__", "")).startswith(__package__ or "sm12x_compile")
 
 
 def _effect(node: Node, own: set[Node]) -> str | None:
