@@ -5,8 +5,8 @@ and nothing is scanned in advance.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import dis
 import inspect

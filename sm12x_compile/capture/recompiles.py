@@ -24,7 +24,7 @@ class _Recompile(threading.local):
     """The recompile in progress on this thread: the function, and the guards that failed."""
 
     function: str | None = None
-    reasons: list[str] = []  # noqa: RUF012  (replaced, never changed)
+    reasons: list[str] = []
 
 
 _recompile = _Recompile()

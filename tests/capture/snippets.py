@@ -166,7 +166,7 @@ class UniqueLoop(ModuleListLoop):
         out = torch.zeros_like(x)
         for e in picked.unique().tolist():
             where = picked == e
-            token, slot = torch.where(where)
+            token, _ = torch.where(where)
             out = out.index_add(0, token, self.experts[e](x[token]) * scores[token, e].unsqueeze(-1))
         return out
 

@@ -12,7 +12,11 @@ from .noise import resolve
 
 RUNTIME = "_sm12x"
 # Methods of tensors whose result has a size, or a Python value, that the data decide.
-METHODS = frozenset("nonzero argwhere item tolist unique masked_select bincount".split())
+METHODS = frozenset(["nonzero", "argwhere", "item", "tolist", "unique", "masked_select", "bincount"])
+_SAID = {
+    "nonzero": "positions of a mask", "argwhere": "positions of a mask", "item": "item()", "tolist": "tolist()",
+    "unique": "distinct values", "masked_select": "masked selection",
+}  # fmt: skip
 
 
 def helper(name: str, *args: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.Call:
@@ -104,8 +108,7 @@ class Expressions(ast.NodeTransformer):
         assert isinstance(node.func, ast.Attribute)
         name, owner = node.func.attr, node.func.value
         if name in METHODS:
-            self.note(node, {"item": "item()", "tolist": "tolist()", "unique": "distinct values",
-                             "masked_select": "masked selection", "bincount": "bincount"}.get(name, "positions of a mask"))  # fmt: skip
+            self.note(node, _SAID.get(name, name))
             new = helper("call_method", owner, ast.Constant(name), *node.args, keywords=node.keywords)
             return ast.copy_location(new, node)
         if name.endswith("_") and not name.endswith("__") and not name.startswith("_"):

@@ -22,7 +22,7 @@ _IN_PLACE = {
     ast.BitXor: "ixor", ast.LShift: "ilshift", ast.RShift: "irshift",
 }  # fmt: skip
 _NEVER = (ast.Global, ast.Nonlocal, ast.Yield, ast.YieldFrom, ast.Await, ast.NamedExpr)
-_PLAIN_LOOPS = frozenset("range enumerate zip reversed".split())
+_PLAIN_LOOPS = frozenset(["range", "enumerate", "zip", "reversed"])
 
 
 class Untouchable(Exception):
@@ -177,13 +177,12 @@ class _Function:
     def assign(self, s: ast.Assign | ast.AnnAssign, under: str | None, live: Names) -> list[ast.stmt]:
         if s.value is None:
             return []
-        if isinstance(s.value, ast.IfExp) and not is_plain(s.value.test):
-            places = s.targets if isinstance(s, ast.Assign) else [s.target]
-            if all(isinstance(t, ast.Name) for t in places):
-                sides = [[ast.copy_location(ast.Assign(places, v), s)] for v in (s.value.body, s.value.orelse)]
-                return self.branch(ast.copy_location(ast.If(s.value.test, *sides), s), under, live)
+        places: list[ast.expr] = list(s.targets) if isinstance(s, ast.Assign) else [s.target]
+        to_names = all(isinstance(t, ast.Name) for t in places)
+        if isinstance(s.value, ast.IfExp) and not is_plain(s.value.test) and to_names:
+            taken, other = (_located(ast.Assign(places, v), s) for v in (s.value.body, s.value.orelse))
+            return self.branch(ast.copy_location(ast.If(s.value.test, [taken], [other]), s), under, live)
         value = self.expressions.of(s.value, under)
-        places = s.targets if isinstance(s, ast.Assign) else [s.target]
         if all(isinstance(t, (ast.Name, ast.Tuple, ast.List)) and _only_names(t) for t in places):
             return [_located(ast.Assign(places, value), s)]
         held = self.fresh("v")
@@ -219,9 +218,8 @@ class _Function:
             owner, at = self.fresh("o"), self.fresh("i")
             self.note(s, "assignment to selected elements")
             # An item of a tensor is a view or a copy; either way the result is what is then assigned.
-            changed = helper(
-                "changed_item", _operator(operation), _operator(operation[1:], "operators"), load(owner), load(at), value
-            )
+            functions = _operator(operation), _operator(operation[1:])
+            changed = helper("changed_item", *functions, load(owner), load(at), value)
             return [
                 _assign(owner, self.expressions.of(s.target.value, under), s),
                 _assign(at, index_value(self.expressions.of(s.target.slice, under)), s),
@@ -301,11 +299,12 @@ def _indexed_by(s: ast.For, body: list[ast.stmt]) -> list[ast.expr]:
     changed = assigned(body)
     found: dict[str, ast.expr] = {}
     for node in (n for statement in body for n in ast.walk(statement)):
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and loads(node.slice) \
-                and loads(node.slice) - {"int"} <= variables and not isinstance(node.slice, (ast.Tuple, ast.Slice)) \
-                and _is_chain(node.value) and not loads(node.value) & changed - variables:  # fmt: skip
-            if not loads(node.value) & variables:
-                found.setdefault(ast.dump(node.value), node.value)
+        if not isinstance(node, ast.Subscript) or not isinstance(node.ctx, ast.Load) or not _is_chain(node.value):
+            continue
+        by_variable = loads(node.slice) and loads(node.slice) - {"int"} <= variables
+        if by_variable and not isinstance(node.slice, (ast.Tuple, ast.Slice)) \
+                and not loads(node.value) & (changed | variables):  # fmt: skip
+            found.setdefault(ast.dump(node.value), node.value)
     return [ast.parse(ast.unparse(e), mode="eval").body for e in found.values()]
 
 
@@ -343,9 +342,9 @@ def _is_runtime_call(e: ast.expr, name: str) -> bool:
     return isinstance(e, ast.Call) and ast.unparse(e.func) == f"{RUNTIME}.{name}"
 
 
-def _operator(name: str, table: str = "operators") -> ast.expr:
+def _operator(name: str) -> ast.expr:
     name = {"and": "and_", "or": "or_"}.get(name, name)
-    return ast.Attribute(ast.Attribute(load(RUNTIME), table, ast.Load()), name, ast.Load())
+    return ast.Attribute(ast.Attribute(load(RUNTIME), "operators", ast.Load()), name, ast.Load())
 
 
 def _unbound() -> ast.expr:

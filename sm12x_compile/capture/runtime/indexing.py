@@ -18,7 +18,8 @@ from .writes import put_masked, put_rows, under_condition
 
 
 def _entries(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else (index,)
+    entries = index if isinstance(index, tuple) else (index,)
+    return tuple([e.position if isinstance(e, HitRow) else e for e in entries])
 
 
 def _is_mask(entry: Any) -> bool:
@@ -27,7 +28,7 @@ def _is_mask(entry: Any) -> bool:
 
 def getitem(x: Any, index: Any) -> Any:
     """``x[index]``."""
-    entries = tuple([e.position if isinstance(e, HitRow) else e for e in _entries(index)])
+    entries = _entries(index)
     if isinstance(x, Tensor):
         if _is_mask(entries[0]):
             return _masked(x, entries[0], entries[1:])
@@ -139,7 +140,7 @@ def _sliced(x: Tensor, entries: tuple[Any, ...]) -> Rows:
 
 def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
     """``x[index] = value``, perhaps under a condition."""
-    entries = tuple([e.position if isinstance(e, HitRow) else e for e in _entries(index)])
+    entries = _entries(index)
     if not isinstance(x, Tensor):
         if under is not None:
             refuse("an object is changed under a condition that depends on tensor values")

@@ -90,9 +90,12 @@ class Number:
 
 
 _WITH_TENSORS = frozenset(
-    "add sub mul div true_divide floor_divide remainder eq ne lt le gt ge rsub __add__ __radd__ __sub__ __rsub__ "
-    "__mul__ __rmul__ __div__ __rdiv__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ "
-    "__eq__ __ne__ __lt__ __le__ __gt__ __ge__".split()
+    {
+        "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "eq", "ne", "lt", "le",
+        "gt", "ge", "rsub", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__div__",
+        "__rdiv__", "__truediv__", "__rtruediv__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__",
+        "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__",
+    }
 )
 
 

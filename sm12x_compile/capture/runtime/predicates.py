@@ -80,7 +80,7 @@ def test(x: Any) -> Any:
         return of_tensor(x)
     if hasattr(x, "_as_condition"):
         return x._as_condition()
-    return True if x else False
+    return bool(x)
 
 
 def is_data(t: Any) -> bool:

@@ -18,11 +18,16 @@ from .refusal import tracers
 _DEPTH = 24
 # What makes a tensor of its own memory. Anything else may be a view of its first argument.
 _FRESH = frozenset(
-    "zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full zeros ones empty full arange "
-    "one_hot linear matmul mm bmm sum mean any all amax amin max min topk sort argsort softmax sigmoid silu gelu "
-    "where eq ne lt le gt ge greater less not_equal add sub mul truediv div clone scatter and_ or_ invert "
-    "bitwise_and bitwise_or logical_and logical_or logical_not relu layer_norm tensor histc bincount cumsum stack "
-    "cat masked_fill exp log rsqrt pow neg".split()
+    {
+        "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty",
+        "new_full", "zeros", "ones", "empty", "full", "arange", "one_hot", "linear", "matmul", "mm", "bmm",
+        "sum", "mean", "any", "all", "amax", "amin", "max", "min", "topk", "sort", "argsort", "softmax",
+        "sigmoid", "silu", "gelu", "where", "eq", "ne", "lt", "le", "gt", "ge", "greater", "less",
+        "not_equal", "add", "sub", "mul", "truediv", "div", "clone", "scatter", "and_", "or_", "invert",
+        "bitwise_and", "bitwise_or", "logical_and", "logical_or", "logical_not", "relu", "layer_norm",
+        "tensor", "histc", "bincount", "cumsum", "stack", "cat", "masked_fill", "exp", "log", "rsqrt",
+        "pow", "neg",
+    }
 )
 
 
@@ -178,9 +183,8 @@ def _bool_of(node: Any) -> Any:
     """The tensor whose elements differ from 0 where the node is True."""
     while isinstance(node, Node):
         name = _name(node)
-        if name in ("ne", "not_equal") and node.args[1] == 0:
-            node = node.args[0]
-        elif name == "bool" or (name == "to" and node.args[1:] == (torch.bool,)):
+        differs = name in ("ne", "not_equal") and node.args[1] == 0
+        if differs or name == "bool" or (name == "to" and node.args[1:] == (torch.bool,)):
             node = node.args[0]
         else:
             break

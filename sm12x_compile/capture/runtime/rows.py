@@ -96,7 +96,8 @@ class Rows:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dense.dtype if self.factor is None else torch.promote_types(self._dense.dtype, self.factor._dense.dtype)
+        own = self._dense.dtype
+        return own if self.factor is None else torch.promote_types(own, self.factor._dense.dtype)
 
     @property
     def device(self) -> torch.device:

@@ -239,9 +239,9 @@ def augmented(operation: Any, x: Any, y: Any, under: Predicate | None) -> Any:
     if isinstance(x, Tensor) and isinstance(y, Rows):
         refuse("rows that a mask selects meet a tensor with a length of its own")
     if under is None or not isinstance(x, Tensor):
-        if under is not None and not isinstance(x, (int, float, bool, str, tuple, type(None), Rows)):
-            if not hasattr(x, "_as_condition"):
-                refuse("an object is changed under a condition that depends on tensor values")
+        known = isinstance(x, (int, float, bool, str, tuple, type(None), Rows)) or hasattr(x, "_as_condition")
+        if under is not None and not known:
+            refuse("an object is changed under a condition that depends on tensor values")
         if isinstance(x, Rows):
             return _augmented_rows(operation, x, y)
         return operation(x, y)
