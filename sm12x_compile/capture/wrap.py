@@ -131,7 +131,7 @@ def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any
             log.clear()
             known = len(frame.refused)
             try:
-                with torch._dynamo.error_on_graph_break(True):
+                with torch._dynamo.error_on_graph_break(True), _quiet():
                     traced = trace_frame(*call.args, **call.kwargs)
             except (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame):
                 _report_refusals(known)
@@ -152,6 +152,18 @@ def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any
         _load(call, form_of(code))
         given["one_graph"] = one_graph
         return trace_frame(*call.args, **call.kwargs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Dynamo speaks of a graph break where there will be none."""
+    speaker = logging.getLogger("torch._dynamo.variables.tensor")
+    level = speaker.level
+    speaker.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        speaker.setLevel(level)
 
 
 def _load(call: inspect.BoundArguments, code: CodeType) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import logging
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,8 @@ from torch import Tensor, nn
 import sm12x_compile
 from sm12x_compile.report import Report
 
+from ..handwritten.rename import renamed
+from . import snippets
 from .snippets import COMPILED, REFUSED, Rounding, Snippet
 
 logging.getLogger("snippets").setLevel(logging.ERROR)
@@ -175,3 +180,28 @@ def test_code_without_breaks_is_not_looked_at() -> None:
 
     report = report_of(plain, torch.randn(5, 4), torch.tensor([1, 2]))
     assert report.graphs == 1 and not report.code_rewrites
+
+
+@pytest.mark.parametrize("name", ["LoopOverItems", "ModuleListLoop", "TopOne", "SortedSlices", "nested_conditions"])
+def test_names_decide_nothing(name: str, tmp_path: Path) -> None:
+    """The same code under other names is rewritten as well."""
+    fields = {"name", "make", "draw", "rounding", "Snippet", "COMPILED", "REFUSED"}
+    path = tmp_path / "elsewhere.py"
+    path.write_text(renamed(Path(snippets.__file__).read_text(), frozenset(fields)))
+    spec = importlib.util.spec_from_file_location("elsewhere", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["elsewhere"] = module
+    try:
+        spec.loader.exec_module(module)
+        index = [s.name for s in COMPILED].index(name)
+        snippet = module.COMPILED[index]
+        function = made(snippet)
+        code = (type(function).forward if isinstance(function, nn.Module) else function).__code__
+        assert name not in (type(function).__name__, code.co_name)
+        call = compiled(function, fullgraph=True)
+        for seed in range(4):
+            inputs = snippet.draw(HITS[seed], torch.Generator().manual_seed(seed))
+            assert_same(outcome(call, inputs), outcome(function, inputs), snippet.rounding)
+    finally:
+        del sys.modules["elsewhere"]
