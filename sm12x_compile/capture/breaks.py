@@ -20,7 +20,7 @@ def place(code: CodeType, line: int) -> str:
 def describe(code: CodeType, rewritten: Rewritten) -> str:
     """One line for a rewritten function: where it is, and what was done in which line."""
     by_what: dict[str, list[int]] = {}
-    for line, what in rewritten.changes:
+    for line, _, what in rewritten.changes:
         by_what.setdefault(what, []).append(line)
     parts = [f"{what} ({'lines' if len(at) > 1 else 'line'} {', '.join(map(str, at))})" for what, at in by_what.items()]
     return f"{place(code, code.co_firstlineno)} {_name(code)}: {'; '.join(parts)}"

@@ -18,6 +18,7 @@ from types import CodeType
 from typing import Any
 
 from .rewrites import rewrite_function
+from .rewrites.expressions import Change
 from .rewrites.function import Untouchable
 
 _FUTURES = 0
@@ -27,10 +28,13 @@ for _feature in __future__.all_feature_names:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """Code that stands for another, and what was changed: pairs of line and description."""
+    """Code that stands for another, and what was changed: first and last line, and what was done there."""
 
     code: CodeType
-    changes: tuple[tuple[int, str], ...]
+    changes: tuple[Change, ...]
+
+    def touches(self, line: int) -> bool:
+        return any(first <= line <= last for first, last, _ in self.changes)
 
 
 class NotRewritable(Exception):

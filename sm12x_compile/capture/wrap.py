@@ -31,7 +31,9 @@ from .scope import options_for
 
 logger = logging.getLogger("sm12x_compile")
 
-_rewritten: dict[CodeType, Rewritten | None] = {}
+# Functions that are traced in another form, and all forms that were ever made.
+_rewritten: dict[CodeType, Rewritten] = {}
+_forms: dict[CodeType, Rewritten | None] = {}
 
 
 class _Tracing(threading.local):
@@ -102,6 +104,7 @@ def uninstall() -> None:
     while _undo:
         _undo.pop()()
     _rewritten.clear()
+    _forms.clear()
     originals.clear()
 
 
@@ -205,7 +208,7 @@ def _learn(error: BaseException) -> bool:
         if code in _rewritten or code in frame.refused or code.co_name.startswith("torch_dynamo_resume_in"):
             continue
         try:
-            found = rewrite(code, names)
+            found = _forms[code] if code in _forms else rewrite(code, names)
         except NotRewritable as reason:
             frame.refused[code] = (line, f"{reason} ({_first_line(error)})")
             continue
@@ -213,8 +216,9 @@ def _learn(error: BaseException) -> bool:
             logger.warning("rewriting %s failed", code.co_name, exc_info=True)
             frame.refused[code] = (line, f"rewriting it failed ({type(bug).__name__}: {bug}); please report it")
             continue
-        _rewritten[code] = found
-        if found is not None:
+        _forms[code] = found
+        if found is not None and found.touches(line):  # else it is not what broke the graph
+            _rewritten[code] = found
             originals[found.code] = code
             return True
     return False

@@ -19,6 +19,10 @@ _SAID = {
 }  # fmt: skip
 
 
+# First and last line of what is changed, and what is done.
+Change = tuple[int, int, str]
+
+
 def helper(name: str, *args: ast.expr, keywords: list[ast.keyword] | None = None) -> ast.Call:
     """A call of the runtime."""
     function = ast.Attribute(ast.Name(RUNTIME, ast.Load()), name, ast.Load())
@@ -42,10 +46,14 @@ class Expressions(ast.NodeTransformer):
     def __init__(self, names: Mapping[str, Any], local: frozenset[str]) -> None:
         self.names, self.local = names, local
         self.under: str | None = None
-        self.changes: list[tuple[int, str]] = []
+        self.changes: list[Change] = []
 
     def note(self, node: ast.AST, what: str) -> None:
-        self.changes.append((getattr(node, "lineno", 0), what))
+        """Remember what is done at a node; of a compound statement only the head counts."""
+        head = getattr(node, "iter", None) or (getattr(node, "test", None) if isinstance(node, ast.stmt) else None)
+        first = getattr(node, "lineno", 0)
+        last = getattr(head if head is not None else node, "end_lineno", None)
+        self.changes.append((first, last or first, what))
 
     def of(self, node: Any, under: str | None) -> Any:
         self.under = under

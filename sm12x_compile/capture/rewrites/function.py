@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .conditions import Conditions, is_plain
-from .expressions import RUNTIME, Expressions, helper, index_value, is_computed, load, predicate
+from .expressions import RUNTIME, Change, Expressions, helper, index_value, is_computed, load, predicate
 from .liveness import Names, assigned, live_before, loads, targets
 from .noise import Noise
 
@@ -31,8 +31,8 @@ class Untouchable(Exception):
 
 def rewrite_function(
     function: ast.FunctionDef, names: Mapping[str, Any]
-) -> tuple[ast.FunctionDef, list[tuple[int, str]]]:
-    """A function's rewritten form, and what was done in which line.
+) -> tuple[ast.FunctionDef, list[Change]]:
+    """A function's rewritten form, and what was done in which lines.
 
     Args:
         function: its syntax tree, which is changed.
@@ -67,7 +67,7 @@ class _Function:
     def note(self, node: ast.AST, what: str) -> None:
         self.expressions.note(node, what)
 
-    def rewrite(self) -> tuple[ast.FunctionDef, list[tuple[int, str]]]:
+    def rewrite(self) -> tuple[ast.FunctionDef, list[Change]]:
         body = self.block(self.single_return(self.function.body), None, frozenset())
         start: list[ast.stmt] = [
             ast.ImportFrom("sm12x_compile.capture", [ast.alias("runtime", RUNTIME)], 0),
