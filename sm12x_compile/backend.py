@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule
 
 from .arch import resolve
+from .capture import wrap
 from .collect import active_reports
 from .normalize import NotNormalizable, example_value
 from .options import OptionError, Options
@@ -55,6 +56,7 @@ def sm12x(
         OptionError: an option is unknown or has a value that is not allowed.
     """
     parsed = Options.parse(options)
+    wrap.install()  # after `uninstall`, the first call is where we learn that we are back
     arch, planned = resolve(parsed.arch, device_of(gm))
     report = Report(graphs=1, arch=arch.name, planned=planned)
     compiled = _compile(gm, example_inputs, parsed, mode, report)

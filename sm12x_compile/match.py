@@ -108,13 +108,16 @@ def module_of(node: Node) -> str:
     return path.replace("L['", "").replace("']", "").replace("._modules['", ".").lstrip(".")
 
 
+_NOT_THE_USERS = ("/torch/nn/functional", "/torch/nn/modules", "/sm12x_compile/capture/runtime/")
+
+
 def source_of(node: Node) -> str:
     """The user's innermost file and line that a node came from, torch's own files left out."""
     trace = node.meta.get("stack_trace") or ""
     best = ""
     for line in trace.splitlines():
         line = line.strip()
-        if line.startswith('File "') and "/torch/nn/functional" not in line and "/torch/nn/modules" not in line:
+        if line.startswith('File "') and not any(place in line for place in _NOT_THE_USERS):
             path, _, rest = line[6:].partition('", line ')
             best = f"{path}:{rest.split(',')[0]}"
     return best

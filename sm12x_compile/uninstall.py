@@ -6,6 +6,8 @@ from importlib.metadata import entry_points
 
 import torch._dynamo
 
+from .capture import wrap
+
 
 def uninstall() -> None:
     """Forget compiled code and the backend's name, until it is looked up again.
@@ -15,6 +17,7 @@ def uninstall() -> None:
     from torch._dynamo.backends import registry
 
     torch._dynamo.reset()
+    wrap.uninstall()
     names = getattr(registry, "_BACKENDS", {})
     for table in (names, getattr(registry, "_COMPILER_FNS", {})):
         table.pop("sm12x", None)

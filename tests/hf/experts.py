@@ -1,0 +1,111 @@
+"""Tiny mixtures of experts, and how many graphs each phase may cost them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from torch import Tensor
+
+VOCAB = 128
+Phase = Literal["prompt", "dynamic", "static"]
+
+_BASE: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, initializer_range=0.2, num_experts_per_tok=2,
+    pad_token_id=0, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+_LATENT: dict[str, Any] = dict(
+    num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=1, n_group=2, topk_group=1,
+    first_k_dense_replace=1,
+)  # fmt: skip
+_LINEAR: dict[str, Any] = dict(
+    linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_conv_kernel_dim=4, layer_types=["linear_attention", "full_attention"],
+)  # fmt: skip
+_SMALL = dict(moe_intermediate_size=16, num_experts=4)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A family: the config's name and fields, and whether its decode may use each cache."""
+
+    name: str
+    config: dict[str, Any]
+    without: tuple[str, ...] = ()
+    static_graphs: int = 1
+    has_static: bool = True
+
+
+FAMILIES: dict[str, Mixture] = {
+    m.name: m
+    for m in (
+        Mixture("mixtral", dict(num_local_experts=4)),
+        Mixture("qwen2_moe", dict(**_SMALL, shared_expert_intermediate_size=16)),
+        Mixture("qwen3_moe", dict(**_SMALL, norm_topk_prob=True)),
+        Mixture("olmoe", dict(num_experts=4)),
+        Mixture("phimoe", dict(num_local_experts=4)),
+        Mixture("granitemoe", dict(num_local_experts=4)),
+        Mixture("minimax_m2", dict(num_local_experts=4)),
+        Mixture("gpt_oss", dict(num_local_experts=4, sliding_window=8,
+                                layer_types=["sliding_attention", "full_attention"]), static_graphs=2),
+        Mixture("glm4_moe", dict(moe_intermediate_size=16, n_routed_experts=4, n_group=2, topk_group=1)),
+        Mixture("dots1", dict(moe_intermediate_size=16, n_routed_experts=4, n_group=2, topk_group=1,
+                              first_k_dense_replace=1, n_shared_experts=1)),
+        Mixture("deepseek_v2", dict(_LATENT), static_graphs=1),
+        Mixture("deepseek_v3", dict(_LATENT)),
+        Mixture("glm4_moe_lite", dict(_LATENT), without=("head_dim",)),
+        Mixture("longcat_flash", dict(_LATENT, num_hidden_layers=2, ffn_hidden_size=48, moe_topk=2, zero_expert_num=2,
+                                      expert_ffn_hidden_size=16),
+                without=("n_group", "topk_group", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size",
+                         "intermediate_size")),
+        Mixture("qwen3_next", dict(**_LINEAR, **_SMALL, shared_expert_intermediate_size=16)),
+        Mixture("qwen3_5_moe_text", dict(**_LINEAR, **_SMALL, shared_expert_intermediate_size=16),
+                without=("intermediate_size",)),
+        Mixture("hunyuan_v1_moe", dict(num_experts=4, moe_topk=2), without=("num_experts_per_tok",)),
+        Mixture("ernie4_5_moe", dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0,
+                                     moe_layer_end_index=1), without=("num_experts_per_tok",)),
+        Mixture("flex_olmo", dict(num_experts=4)),
+        Mixture("lfm2_moe", dict(**_SMALL, layer_types=["full_attention", "full_attention"], num_dense_layers=1)),
+    )
+}  # fmt: skip
+
+
+def build(name: str, experts: str | None) -> Any:
+    """A model of the family, fp32, every expert used by some token."""
+    family = FAMILIES[name]
+    settings = {k: v for k, v in {**_BASE, **family.config}.items() if k not in family.without}
+    config = transformers.AutoConfig.for_model(name, **settings)
+    chosen = {} if experts is None else {"experts_implementation": experts}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, **chosen).float().eval().requires_grad_(False)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                tensor.normal_(0, 0.1)
+    return model
+
+
+def calls(model: Any, phase: Phase, forward: Any) -> Iterator[Tensor]:
+    """The logits of each compiled call of a phase: a prompt, or a prompt and four tokens with a cache."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        ids = torch.randint(3, VOCAB, (2, 10))
+    if phase == "prompt":
+        yield forward(input_ids=ids, use_cache=False).logits
+        return
+    if phase == "dynamic":
+        cache: Any = transformers.DynamicCache(config=model.config)
+        yield forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
+    else:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        model(input_ids=ids, past_key_values=cache, use_cache=True)  # as `generate` does: not compiled
+    for step in range(4):
+        yield forward(input_ids=ids[:, step : step + 1], past_key_values=cache, use_cache=True).logits
