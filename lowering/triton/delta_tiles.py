@@ -65,3 +65,9 @@ def segments(arch: Arch, tiles: ChunkTiles, V: int, heads: int, chunks: int) -> 
 def step_tiles(arch: Arch, K: int, V: int, programs: int) -> StepTiles:
     """Tiles of the step kernels for this many states."""
     return StepTiles(min(V, 32), 4)
+
+
+def verify_tiles(arch: Arch, K: int, V: int, programs: int) -> StepTiles:
+    """Tiles of the verifying kernel, whose programs take all of V, `width` columns at a time."""
+    width = min(V, max(16, 16384 // K))
+    return StepTiles(width, 8)
