@@ -23,18 +23,17 @@ def _running_sum(g, t, cols, valid, stride_gt, stride_gd):
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def prepare_channels_kernel(
-    q, k, v, g, beta, w, u, scores, q_out, k_out, chunk_decay, cu_seqlens,
+    q, k, g, beta, inverse, scores, q_read, k_read, k_write, chunk_decay, cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
-    stride_vb, stride_vt, stride_vh, stride_vd, stride_gb, stride_gt, stride_gh, stride_gd,
-    stride_bb, stride_bt, stride_bh, T, sequences, scale, eps,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_D: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr, N_PAD: tl.constexpr,
+    stride_gb, stride_gt, stride_gh, stride_gd, stride_bb, stride_bt, stride_bh, T, sequences, scale, eps,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr, N_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks of all sequences, or more; HEADS).
 
-    Writes, for every chunk and value head: w ``[CHUNK, K]``, u0 into u ``[CHUNK, V]``, scores ``[CHUNK, CHUNK]``,
-    q_out and k_out ``[CHUNK, K]`` (``scale e^G q``, which reads the state of the chunk's start, and
-    ``e^(G_last - G) k``, which enters the state of its end) and chunk_decay ``[K]``. Rows past the end are zero.
+    Writes, for every chunk and value head: inverse and scores ``[CHUNK, CHUNK]`` as `prepare_kernel` does; what q
+    and k are when they read the state of the chunk's start (``scale e^G q``, ``e^G k``) and k when it enters that of
+    its end (``e^(G_last - G) k``), ``[CHUNK, K]``; chunk_decay ``[K]``.
     """
     unit = tl.program_id(0)
     n, chunk, b, start, end, _ = locate(unit, cu_seqlens, sequences, T, CHUNK, 0, CHUNK, N_PAD)
@@ -46,7 +45,7 @@ def prepare_channels_kernel(
     valid = t < end
     t = t.to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
-    dtype = w.dtype.element_ty
+    dtype = inverse.dtype.element_ty
     strength = tl.load(beta + b * stride_bb + h * stride_bh + t * stride_bt, mask=valid, other=0.0).to(tl.float32)
     g += b * stride_gb + h * stride_gh
     q_rows = q + b * stride_qb + (h // GROUP) * stride_qh + (t * stride_qt)[:, None]
@@ -80,26 +79,19 @@ def prepare_channels_kernel(
     k_unit = unit_scale(k_squares, eps, NORM)
     q_unit = unit_scale(q_squares, eps, NORM) * scale
 
-    base = (tl.cast(unit, tl.int64) * HEADS + h) * CHUNK
+    item = tl.cast(unit, tl.int64) * HEADS + h
+    square = item * CHUNK * CHUNK + row[:, None] * CHUNK + row[None, :]
     qk += tl.where(row[:, None] == row[None, :], same[:, None], 0.0)
-    square = scores + (base + row)[:, None] * CHUNK + row[None, :]
-    tl.store(square, (qk * q_unit[:, None] * k_unit[None, :]).to(dtype))
-
+    tl.store(scores + square, (qk * q_unit[:, None] * k_unit[None, :]).to(dtype))
     X = unit_lower_inverse(kk * (strength * k_unit)[:, None] * k_unit[None, :], CHUNK, PRECISION, FINE)
-    for_k = (X * (strength * k_unit)[None, :]).to(dtype)
+    tl.store(inverse + square, (X * strength[None, :]).to(dtype))
     for d in tl.range(0, K, BLOCK_D):
         q_part = tl.load(q_rows + (d + cols)[None, :] * stride_qd, mask=valid[:, None], other=0.0).to(tl.float32)
         k_part = tl.load(k_rows + (d + cols)[None, :] * stride_kd, mask=valid[:, None], other=0.0).to(tl.float32)
         G, last = _running_sum(g, t, d + cols, valid, stride_gt, stride_gd)
-        decay = tl.exp2(G)
-        own = (base + row)[:, None] * K + (d + cols)[None, :]
-        tl.store(w + own, tl.dot(for_k, (k_part * decay).to(dtype), input_precision=PRECISION).to(dtype))
-        tl.store(q_out + own, (q_part * decay * q_unit[:, None]).to(dtype))
-        tl.store(k_out + own, (k_part * tl.exp2(last[None, :] - G) * k_unit[:, None]).to(dtype))
-        tl.store(chunk_decay + (tl.cast(unit, tl.int64) * HEADS + h) * K + d + cols, tl.exp2(last))
-    for_v = (X * strength[None, :]).to(dtype)
-    v_rows = v + b * stride_vb + h * stride_vh + (t * stride_vt)[:, None]
-    for d in tl.range(0, V, BLOCK_D):
-        v_part = tl.load(v_rows + (d + cols)[None, :] * stride_vd, mask=valid[:, None], other=0.0).to(dtype)
-        part = tl.dot(for_v, v_part, input_precision=PRECISION)
-        tl.store(u + (base + row)[:, None] * V + (d + cols)[None, :], part.to(dtype))
+        own = item * CHUNK * K + row[:, None] * K + (d + cols)[None, :]
+        k_part = k_part * k_unit[:, None]
+        tl.store(q_read + own, (q_part * tl.exp2(G) * q_unit[:, None]).to(dtype))
+        tl.store(k_read + own, (k_part * tl.exp2(G)).to(dtype))
+        tl.store(k_write + own, (k_part * tl.exp2(last[None, :] - G)).to(dtype))
+        tl.store(chunk_decay + item * K + d + cols, tl.exp2(last))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...arch import Arch
 from .arguments import card_of, device_guard
-from .delta_tiles import CHUNK, ChunkTiles, chunk_tiles, segments
+from .delta_tiles import CHUNK, ChunkTiles, Tile, chunk_tiles, segments
 
-Launch = tuple[str, dict[str, Any], tuple[int, ...], int, int]
+
+class Launch(NamedTuple):
+    """A kernel by name, its arguments by name (and others that it does not have), its grid and tile."""
+
+    kernel: str
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+    tile: Tile
 
 
 def gated_delta_rule_chunked(
@@ -42,16 +49,27 @@ def gated_delta_rule_chunked(
 
 def run_chunked(tiles: ChunkTiles, parts: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """`gated_delta_rule_chunked` with the tiles, and the parts that sequences are cut into, given."""
+    out, final, launches = chunked_launches(tiles, parts, *args, **kwargs)
+    with device_guard(out):
+        for launch in launches:
+            run_launch(launch)
+    return out, final
+
+
+def run_launch(launch: Launch) -> None:
+    """Launch a kernel, unless its grid is empty."""
+    kernel = kernel_of(launch.kernel)
+    if all(launch.grid):
+        given = {name: launch.arguments[name] for name in kernel.arg_names}
+        kernel[launch.grid](**given, num_warps=launch.tile.num_warps, num_stages=launch.tile.num_stages)
+
+
+def kernel_of(name: str) -> Any:
+    """A kernel of the chunked gated delta rule by name; imports Triton."""
     from . import delta_channel_kernel, delta_prepare_kernel, delta_state_kernel
 
-    out, final, launches = chunked_launches(tiles, parts, *args, **kwargs)
     modules = (delta_prepare_kernel, delta_channel_kernel, delta_state_kernel)
-    with device_guard(out):
-        for name, arguments, grid, warps, stages in launches:
-            kernel = next(getattr(m, name) for m in modules if hasattr(m, name))
-            if all(grid):
-                kernel[grid](**arguments, num_warps=warps, num_stages=stages)
-    return out, final
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def chunked_launches(
@@ -59,7 +77,7 @@ def chunked_launches(
     initial_state: Tensor | None = None, qk_l2norm: str = "none", eps: float = 1e-6,
     cu_seqlens: Tensor | None = None, out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, list[Launch]]:  # fmt: skip
-    """Storage of o and of the final state, and every kernel's name, arguments, grid, warps and stages, in order."""
+    """Storage of o and of the final state, and the kernels to launch, in order."""
     B, T, Hv, V = v.shape
     Hk, K = k.shape[2:]
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
@@ -75,68 +93,51 @@ def chunked_launches(
     final = v.new_empty((N, Hv, K, V), dtype=torch.float32)
 
     def scratch(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
-        return v.new_empty(shape, dtype=dtype)
+        return v.new_empty((chunks, Hv, *shape), dtype=dtype)
 
-    w, u = scratch(chunks, Hv, CHUNK, K), scratch(chunks, Hv, CHUNK, V)
-    scores = scratch(chunks, Hv, CHUNK, CHUNK)
-    row_scales = None if per_channel else scratch(chunks, Hv, 2, CHUNK, dtype=torch.float32)
-    chunk_decay = scratch(chunks, Hv, K if per_channel else 1, dtype=torch.float32)
     common = dict(
         cu_seqlens=cu_seqlens, T=T, sequences=N, HEADS=Hv, GROUP=Hv // Hk, K=K, V=V, CHUNK=CHUNK,
         PRECISION="ieee" if v.dtype == torch.float32 else "tf32", N_PAD=1 << N.bit_length(),
+        inverse=scratch(CHUNK, CHUNK), scores=scratch(CHUNK, CHUNK), chunk_decay=scratch(K, dtype=torch.float32),
+        row_scales=None if per_channel else scratch(3, CHUNK, dtype=torch.float32),
     )  # fmt: skip
     q_strides = dict(zip(("stride_qb", "stride_qt", "stride_qh", "stride_qd"), q.stride(), strict=True))
     k_strides = dict(zip(("stride_kb", "stride_kt", "stride_kh", "stride_kd"), k.stride(), strict=True))
-    o_strides = dict(zip(("stride_ob", "stride_ot", "stride_oh"), out.stride(), strict=False))
-    prepare = common | q_strides | k_strides
-    prepare |= dict(
-        q=q, k=k, v=v, g=g, beta=beta, w=w, u=u, scores=scores, chunk_decay=chunk_decay, scale=float(scale),
-        eps=float(eps), BLOCK_D=tiles.prepare.width, NORM=qk_l2norm != "none",
-        FINE="ieee" if v.dtype == torch.float32 else "tf32x3",
+    prepare = common | q_strides | k_strides | dict(
+        q=q, k=k, g=g, beta=beta, scale=float(scale), eps=float(eps), BLOCK_D=tiles.prepare.width,
+        NORM=qk_l2norm != "none", FINE="ieee" if v.dtype == torch.float32 else "tf32x3",
     )  # fmt: skip
-    prepare |= zip(("stride_vb", "stride_vt", "stride_vh", "stride_vd"), v.stride(), strict=True)
     prepare |= zip(("stride_gb", "stride_gt", "stride_gh", "stride_gd"), g.stride(), strict=False)
     prepare |= zip(("stride_bb", "stride_bt", "stride_bh"), beta.stride(), strict=True)
+    walk = common | dict(v=v, segment_chunks=segment_chunks, PER_CHANNEL=per_channel)
+    walk |= zip(("stride_vb", "stride_vt", "stride_vh", "stride_vd"), v.stride(), strict=True)
     if per_channel:
-        # What q and k are behind their decays is stored, for it differs from channel to channel.
-        q_in, k_in = scratch(chunks, Hv, CHUNK, K), scratch(chunks, Hv, CHUNK, K)
-        prepare |= dict(q_out=q_in, k_out=k_in)
-        launches = [_launch("prepare_channels_kernel", prepare, (chunks, Hv), tiles.prepare)]
-        q_strides, k_strides = dict.fromkeys(q_strides, 0), dict.fromkeys(k_strides, 0)
+        # A decay that differs from channel to channel must be multiplied into q and k themselves.
+        prepare |= dict(q_read=scratch(CHUNK, K), k_read=scratch(CHUNK, K), k_write=scratch(CHUNK, K))
+        walk |= dict(q=prepare["q_read"], k=prepare["k_read"], k_write=prepare["k_write"])
+        walk |= dict.fromkeys((*q_strides, *k_strides), 0)
+        launches = [Launch("prepare_channels_kernel", prepare, (chunks, Hv), tiles.prepare)]
     else:
-        q_in, k_in = q, k
-        launches = [_launch("prepare_kernel", prepare | dict(row_scales=row_scales), (chunks, Hv), tiles.prepare)]
-    walk = common | k_strides | dict(
-        k=k_in, w=w, u=u, row_scales=row_scales, chunk_decay=chunk_decay, segment_chunks=segment_chunks,
-        PER_CHANNEL=per_channel,
-    )  # fmt: skip
-    transition = None
+        walk |= q_strides | k_strides | dict(q=q, k=k, k_write=None)
+        launches = [Launch("prepare_kernel", prepare, (chunks, Hv), tiles.prepare)]
+    walk["transition"] = None
     if parts > 1:
-        transition = scratch(segment_count, Hv, K, V + K, dtype=torch.float32)
-        first_walk = walk | dict(transition=transition, BLOCK_V=tiles.transition.width)
+        walk["transition"] = v.new_empty((segment_count, Hv, K, V + K), dtype=torch.float32)
+        first = walk | dict(BLOCK_V=tiles.transition.width, STAGES=tiles.transition.num_stages)
         grid = (segment_count, Hv, (V + K) // tiles.transition.width)
-        launches.append(_launch("transition_kernel", first_walk, grid, tiles.transition))
-    states = None if tiles.fused else scratch(chunks, Hv, K, V)
-    walk |= q_strides | o_strides | dict(
-        q=q_in, scores=scores, transition=transition, initial=initial_state, final=final, states=states,
-        out=out if tiles.fused else None, BLOCK_V=tiles.state.width,
-    )  # fmt: skip
-    walk |= zip(
-        ("stride_sn", "stride_sh", "stride_sk", "stride_sv"),
-        (None,) * 4 if initial_state is None else initial_state.stride(), strict=True,
-    )  # fmt: skip
-    launches.append(_launch("state_kernel", walk, (V // tiles.state.width, Hv, segment_count), tiles.state))
+        launches.append(Launch("transition_kernel", first, grid, tiles.transition))
+    walk |= dict(initial=initial_state, final=final, out=out, states=None, changes=None)
+    walk |= dict(BLOCK_V=tiles.state.width, STAGES=tiles.state.num_stages)
+    start = (None,) * 4 if initial_state is None else initial_state.stride()
+    walk |= zip(("stride_sn", "stride_sh", "stride_sk", "stride_sv"), start, strict=True)
+    walk |= zip(("stride_ob", "stride_ot", "stride_oh"), out.stride(), strict=False)
     if not tiles.fused:
-        output = common | q_strides | o_strides | dict(
-            q=q_in, u=u, scores=scores, row_scales=row_scales, states=states, out=out, PER_CHANNEL=per_channel,
-            BLOCK_K=min(64, K), BLOCK_V=tiles.output.width,
-        )  # fmt: skip
-        launches.append(_launch("output_kernel", output, (V // tiles.output.width, chunks, Hv), tiles.output))
+        walk |= dict(out=None, states=scratch(K, V), changes=scratch(CHUNK, V))
+    launches.append(Launch("state_kernel", walk, (V // tiles.state.width, Hv, segment_count), tiles.state))
+    if not tiles.fused:
+        last = walk | dict(out=out, BLOCK_K=min(128, K), BLOCK_V=tiles.output.width)
+        launches.append(Launch("output_kernel", last, (V // tiles.output.width, chunks, Hv), tiles.output))
     return out, final, launches
-
-
-def _launch(name: str, arguments: dict[str, Any], grid: tuple[int, ...], tile: Any) -> Launch:
-    return name, arguments, grid, tile.num_warps, tile.num_stages
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 A program of the walk holds ``[K, BLOCK_V]`` of one head's state in registers and takes the chunks of a segment in
 order; a segment is a whole sequence, or, for few heads and long sequences, a part of one. Parts are walked twice.
-A chunk maps the state to ``D S + k^T (u0 - w S)``, which is affine, and so does a part: the first walk finds every
+A chunk maps the state S to ``D S + k^T X (v - k S)``, which is affine, and so does a part: the first walk finds every
 part's map (`transition_kernel`), and the second starts each part from the maps of those before it.
 """
 
@@ -15,42 +15,59 @@ from .delta_parts import locate
 
 
 @triton.jit
-def _operand(base, rows, cols, WIDTH: tl.constexpr):
+def _tile(base, rows, cols, WIDTH: tl.constexpr):
     return tl.load(base + rows[:, None] * WIDTH + cols[None, :])
 
 
 @triton.jit
-def _keys(
-    k, item, t, valid, rows, cols, stride_kt, stride_kd, K: tl.constexpr, CHUNK: tl.constexpr,
-    PER_CHANNEL: tl.constexpr, dtype: tl.constexpr,
+def _token_tile(
+    x, item, t, end, rows, cols, stride_t, stride_d,
+    K: tl.constexpr, CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Keys (or queries) of a chunk, ``[CHUNK, K]``: as `prepare_channels_kernel` scaled them, or the caller's own."""
+    """A chunk's k or q, ``[CHUNK, K]``: the caller's own, or what `prepare_channels_kernel` made of it."""
     if PER_CHANNEL:
-        return _operand(k + item * CHUNK * K, rows, cols, K)
-    pointers = k + (t.to(tl.int64) * stride_kt)[:, None] + cols[None, :] * stride_kd
-    return tl.load(pointers, mask=valid[:, None], other=0.0).to(dtype)
+        x_tile = _tile(x + item * CHUNK * K, rows, cols, K)
+    else:
+        pointers = x + (t.to(tl.int64) * stride_t)[:, None] + cols[None, :] * stride_d
+        x_tile = tl.load(pointers, mask=(t < end)[:, None], other=0.0).to(dtype)
+    return x_tile
+
+
+@triton.jit
+def _changes(
+    rounded, k_tile, v_tile, item, inverse, row_scales, rows,
+    CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The chunk's u, ``[CHUNK, BLOCK_V]`` fp32: what the state does not yet say, solved for all tokens at once."""
+    X = _tile(inverse + item * CHUNK * CHUNK, rows, rows, CHUNK)
+    said = tl.dot(k_tile, rounded, input_precision=PRECISION)
+    if not PER_CHANNEL:
+        said = said * tl.load(row_scales + item * 3 * CHUNK + rows)[:, None]
+    return tl.dot(X, (v_tile.to(tl.float32) - said).to(X.dtype), input_precision=PRECISION)
 
 
 @triton.jit
 def _advance(
-    S, change, k_tile, item, row_scales, chunk_decay, rows, cols,
+    S, change, k_tile, item, k_write, row_scales, chunk_decay, rows, cols,
     K: tl.constexpr, CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state behind a chunk whose u are `change`."""
+    S = S * tl.load(chunk_decay + item * K + cols)[:, None]
     if PER_CHANNEL:
-        S = S * tl.load(chunk_decay + item * K + cols)[:, None]
+        k_tile = _tile(k_write + item * CHUNK * K, rows, cols, K)
     else:
-        S = S * tl.load(chunk_decay + item)
-        change = change * tl.load(row_scales + 2 * item * CHUNK + rows)[:, None]
+        change = change * tl.load(row_scales + (item * 3 + 1) * CHUNK + rows)[:, None]
     return tl.dot(tl.trans(k_tile), change.to(k_tile.dtype), S, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
 def transition_kernel(
-    k, w, u, row_scales, chunk_decay, transition, cu_seqlens, stride_kb, stride_kt, stride_kh, stride_kd,
+    k, k_write, v, inverse, row_scales, chunk_decay, transition, cu_seqlens,
+    stride_kb, stride_kt, stride_kh, stride_kd, stride_vb, stride_vt, stride_vh, stride_vd,
     T, sequences, segment_chunks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr, N_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    N_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (segments, HEADS, (V + K) / BLOCK_V): what a segment maps zero (V columns) and the identity (K columns) to.
 
@@ -67,36 +84,40 @@ def transition_kernel(
     rows = tl.arange(0, CHUNK)
     cols = tl.arange(0, K)
     out_cols = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    of_value = out_cols < V
-    item = (before + part * segment_chunks) * HEADS + h
+    of_value = (rows[:, None] >= 0) & (out_cols < V)[None, :]
+    first_item = (before + part * segment_chunks) * HEADS + h
     k += b * stride_kb + (h // GROUP) * stride_kh
+    v += b * stride_vb + h * stride_vh
+    dtype = inverse.dtype.element_ty
     S = tl.where(cols[:, None] + V == out_cols[None, :], 1.0, 0.0)
-    for c in tl.range(0, segment_chunks):
-        w_tile = _operand(w + item * CHUNK * K, rows, cols, K)
-        u_pointers = u + item * CHUNK * V + rows[:, None] * V + out_cols[None, :]
-        u_tile = tl.load(u_pointers, mask=of_value[None, :], other=0.0)
-        change = u_tile.to(tl.float32) - tl.dot(w_tile, S.to(w_tile.dtype), input_precision=PRECISION)
+    for c in tl.range(0, segment_chunks, num_stages=STAGES):
+        item = first_item + c * HEADS
         t = first + c * CHUNK + rows
-        k_tile = _keys(k, item, t, t < end, rows, cols, stride_kt, stride_kd, K, CHUNK, PER_CHANNEL, w_tile.dtype)
-        S = _advance(S, change, k_tile, item, row_scales, chunk_decay, rows, cols, K, CHUNK, PER_CHANNEL, PRECISION)
-        item += HEADS
+        k_tile = _token_tile(k, item, t, end, rows, cols, stride_kt, stride_kd, K, CHUNK, PER_CHANNEL, dtype)
+        v_pointers = v + (t.to(tl.int64) * stride_vt)[:, None] + out_cols[None, :] * stride_vd
+        v_tile = tl.load(v_pointers, mask=of_value, other=0.0)
+        change = _changes(S.to(dtype), k_tile, v_tile, item, inverse, row_scales, rows, CHUNK, PER_CHANNEL, PRECISION)
+        S = _advance(
+            S, change, k_tile, item, k_write, row_scales, chunk_decay, rows, cols, K, CHUNK, PER_CHANNEL, PRECISION
+        )  # fmt: skip
     target = transition + (tl.cast(segment, tl.int64) * HEADS + h) * K * (V + K)
     tl.store(target + cols[:, None] * (V + K) + out_cols[None, :], S)
 
 
 @triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
 def state_kernel(
-    q, k, w, u, scores, row_scales, chunk_decay, transition, initial, final, states, out, cu_seqlens,
-    stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
-    stride_sn, stride_sh, stride_sk, stride_sv, stride_ob, stride_ot, stride_oh,
-    T, sequences, segment_chunks,
+    q, k, k_write, v, inverse, scores, row_scales, chunk_decay, transition, initial, final, states, changes, out,
+    cu_seqlens, stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
+    stride_vb, stride_vt, stride_vh, stride_vd, stride_sn, stride_sh, stride_sk, stride_sv,
+    stride_ob, stride_ot, stride_oh, T, sequences, segment_chunks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr, N_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    N_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (V / BLOCK_V, HEADS, segments).
 
     Writes the state behind every sequence to final ``[sequences, HEADS, K, V]``, and either `out` (if there is one),
-    or what `output_kernel` makes it of: every chunk's start to states ``[CHUNK, K, V]``, its u over u0.
+    or what `output_kernel` makes it of: every chunk's start to states ``[K, V]``, its u to changes ``[CHUNK, V]``.
     """
     segment = tl.program_id(2)
     n, part, b, start, end, before = locate(
@@ -110,9 +131,11 @@ def state_kernel(
     out_cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     first = start + part * segment_chunks * CHUNK
     chunks = tl.minimum(tl.cdiv(end - first, CHUNK), segment_chunks)
-    item = (before + part * segment_chunks) * HEADS + h
+    first_item = (before + part * segment_chunks) * HEADS + h
     q += b * stride_qb + (h // GROUP) * stride_qh
     k += b * stride_kb + (h // GROUP) * stride_kh
+    v += b * stride_vb + h * stride_vh
+    dtype = inverse.dtype.element_ty
 
     S = tl.zeros((K, BLOCK_V), tl.float32)
     if initial is not None:
@@ -120,33 +143,35 @@ def state_kernel(
         S += tl.load(from_state + cols[:, None] * stride_sk + out_cols[None, :] * stride_sv).to(tl.float32)
     if transition is not None:
         maps = transition + (tl.cast(segment - part, tl.int64) * HEADS + h) * K * (V + K)
-        for _ in tl.range(0, part):
-            matrix = tl.load(maps + cols[:, None] * (V + K) + V + cols[None, :])
-            offset = tl.load(maps + cols[:, None] * (V + K) + out_cols[None, :])
-            S = tl.dot(matrix, S, offset, input_precision=PRECISION)
-            maps += HEADS * K * (V + K)
+        for i in tl.range(0, part, num_stages=1):
+            own = maps + tl.cast(i, tl.int64) * HEADS * K * (V + K)
+            matrix = _tile(own + V, cols, cols, V + K)
+            S = tl.dot(matrix, S, _tile(own, cols, out_cols, V + K), input_precision=PRECISION)
 
-    for c in tl.range(0, chunks):
-        w_tile = _operand(w + item * CHUNK * K, rows, cols, K)
-        u_tile = _operand(u + item * CHUNK * V, rows, out_cols, V)
-        rounded = S.to(w_tile.dtype)
-        change = u_tile.to(tl.float32) - tl.dot(w_tile, rounded, input_precision=PRECISION)
+    for c in tl.range(0, chunks, num_stages=STAGES):
+        item = first_item + c * HEADS
         t = first + c * CHUNK + rows
-        k_tile = _keys(k, item, t, t < end, rows, cols, stride_kt, stride_kd, K, CHUNK, PER_CHANNEL, w_tile.dtype)
+        valid = (t < end)[:, None]
+        k_tile = _token_tile(k, item, t, end, rows, cols, stride_kt, stride_kd, K, CHUNK, PER_CHANNEL, dtype)
+        v_pointers = v + (t.to(tl.int64) * stride_vt)[:, None] + out_cols[None, :] * stride_vd
+        v_tile = tl.load(v_pointers, mask=valid, other=0.0)
+        rounded = S.to(dtype)
+        change = _changes(rounded, k_tile, v_tile, item, inverse, row_scales, rows, CHUNK, PER_CHANNEL, PRECISION)
         if out is None:
             tl.store(states + item * K * V + cols[:, None] * V + out_cols[None, :], rounded)
-            tl.store(u + item * CHUNK * V + rows[:, None] * V + out_cols[None, :], change.to(u_tile.dtype))
+            tl.store(changes + item * CHUNK * V + rows[:, None] * V + out_cols[None, :], change.to(dtype))
         else:
-            q_tile = _keys(q, item, t, t < end, rows, cols, stride_qt, stride_qd, K, CHUNK, PER_CHANNEL, w_tile.dtype)
+            q_tile = _token_tile(q, item, t, end, rows, cols, stride_qt, stride_qd, K, CHUNK, PER_CHANNEL, dtype)
             o = tl.dot(q_tile, rounded, input_precision=PRECISION)
             if not PER_CHANNEL:
-                o = o * tl.load(row_scales + (2 * item + 1) * CHUNK + rows)[:, None]
-            score = _operand(scores + item * CHUNK * CHUNK, rows, rows, CHUNK)
-            o = tl.dot(score, change.to(score.dtype), o, input_precision=PRECISION)
+                o = o * tl.load(row_scales + (item * 3 + 2) * CHUNK + rows)[:, None]
+            score = _tile(scores + item * CHUNK * CHUNK, rows, rows, CHUNK)
+            o = tl.dot(score, change.to(dtype), o, input_precision=PRECISION)
             target = out + b * stride_ob + (t.to(tl.int64) * stride_ot)[:, None] + h * stride_oh + out_cols[None, :]
-            tl.store(target, o.to(out.dtype.element_ty), mask=(t < end)[:, None])
-        S = _advance(S, change, k_tile, item, row_scales, chunk_decay, rows, cols, K, CHUNK, PER_CHANNEL, PRECISION)
-        item += HEADS
+            tl.store(target, o.to(out.dtype.element_ty), mask=valid)
+        S = _advance(
+            S, change, k_tile, item, k_write, row_scales, chunk_decay, rows, cols, K, CHUNK, PER_CHANNEL, PRECISION
+        )  # fmt: skip
     if first + segment_chunks * CHUNK >= end:
         target = final + (tl.cast(n, tl.int64) * HEADS + h) * K * V
         tl.store(target + cols[:, None] * V + out_cols[None, :], S.to(final.dtype.element_ty))
@@ -154,7 +179,7 @@ def state_kernel(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def output_kernel(
-    q, u, scores, row_scales, states, out, cu_seqlens,
+    q, scores, row_scales, states, changes, out, cu_seqlens,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_ob, stride_ot, stride_oh, T, sequences,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
@@ -171,21 +196,20 @@ def output_kernel(
     out_cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     item = tl.cast(unit, tl.int64) * HEADS + h
     t = start + chunk * CHUNK + rows
-    valid = t < end
-    dtype = u.dtype.element_ty
+    valid = (t < end)[:, None]
+    dtype = states.dtype.element_ty
     o = tl.zeros((CHUNK, BLOCK_V), tl.float32)
-    for d in tl.range(0, K, BLOCK_K):
+    for d in tl.static_range(0, K, BLOCK_K):
         if PER_CHANNEL:
-            q_tile = _operand(q + item * CHUNK * K + d, rows, cols, K)
+            q_tile = _tile(q + item * CHUNK * K + d, rows, cols, K)
         else:
             pointers = q + b * stride_qb + (h // GROUP) * stride_qh + (t.to(tl.int64) * stride_qt)[:, None]
-            q_tile = tl.load(pointers + (d + cols)[None, :] * stride_qd, mask=valid[:, None], other=0.0).to(dtype)
-        state = _operand(states + item * K * V + d * V, cols, out_cols, V)
+            q_tile = tl.load(pointers + (d + cols)[None, :] * stride_qd, mask=valid, other=0.0).to(dtype)
+        state = _tile(states + item * K * V + d * V, cols, out_cols, V)
         o = tl.dot(q_tile, state, o, input_precision=PRECISION)
     if not PER_CHANNEL:
-        o = o * tl.load(row_scales + (2 * item + 1) * CHUNK + rows)[:, None]
-    score = _operand(scores + item * CHUNK * CHUNK, rows, rows, CHUNK)
-    change = _operand(u + item * CHUNK * V, rows, out_cols, V)
-    o = tl.dot(score, change, o, input_precision=PRECISION)
+        o = o * tl.load(row_scales + (item * 3 + 2) * CHUNK + rows)[:, None]
+    score = _tile(scores + item * CHUNK * CHUNK, rows, rows, CHUNK)
+    o = tl.dot(score, _tile(changes + item * CHUNK * V, rows, out_cols, V), o, input_precision=PRECISION)
     target = out + b * stride_ob + (t.to(tl.int64) * stride_ot)[:, None] + h * stride_oh + out_cols[None, :]
-    tl.store(target, o.to(out.dtype.element_ty), mask=valid[:, None])
+    tl.store(target, o.to(out.dtype.element_ty), mask=valid)
