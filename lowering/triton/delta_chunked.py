@@ -61,7 +61,9 @@ def run_launch(launch: Launch) -> None:
     kernel = kernel_of(launch.kernel)
     if all(launch.grid):
         given = {name: launch.arguments[name] for name in kernel.arg_names}
-        kernel[launch.grid](**given, num_warps=launch.tile.num_warps, num_stages=launch.tile.num_stages)
+        tile = launch.tile
+        options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers)
+        kernel[launch.grid](**given, **options)
 
 
 def kernel_of(name: str) -> Any:

@@ -16,11 +16,12 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Tile:
-    """Columns that a program takes at a time, its warps and pipeline stages."""
+    """Columns that a program takes at a time, its warps and pipeline stages, and a cap on a thread's registers."""
 
     width: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
