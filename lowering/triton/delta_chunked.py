@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...arch import Arch
 from .arguments import card_of, device_guard
 from .delta_tiles import CHUNK, ChunkTiles, Tile, chunk_tiles, segments
 

@@ -1,8 +1,8 @@
 """Tile choices of the gated delta rule's Triton kernels: pure functions of `Arch` and shape.
 
-The rows of SM12x were chosen by what the compiler says for sm_120a: they fit 99 KiB and spill nothing in the loops
-(tests/lowering/test_delta_tiles.py). The Hopper rows were timed on an H200 (benchmarks/results/delta_kernels-h200.json).
-The rows of A100 and B200 are compiled only.
+The rows of SM12x were chosen by what the compiler says for sm_120a: they fit 99 KiB and spill nothing in loops
+(tests/lowering/test_delta_tiles.py). Those of Hopper were timed on an H200 (benchmarks/delta_kernels.py).
+Those of A100 and B200 are compiled only.
 """
 
 from __future__ import annotations
@@ -64,11 +64,6 @@ def segments(arch: Arch, tiles: ChunkTiles, V: int, heads: int, chunks: int) -> 
 
 
 def step_tiles(arch: Arch, K: int, V: int, programs: int) -> StepTiles:
-    """Tiles of the step kernels for this many states."""
-    return StepTiles(min(V, 32), 4)
-
-
-def verify_tiles(arch: Arch, K: int, V: int, programs: int) -> StepTiles:
-    """Tiles of the verifying kernel, whose programs take all of V, `width` columns at a time."""
-    width = min(V, max(16, 16384 // K))
-    return StepTiles(width, 8)
+    """Tiles of the step kernels for this many states. One warp a program: sums over K need no barrier."""
+    width = 32 if 4 * programs > 16 * arch.sm_count and K <= 128 else 16 if K <= 128 else 8
+    return StepTiles(min(V, width), 1)

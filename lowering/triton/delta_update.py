@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import card_of, device_guard
-from .delta_tiles import StepTiles, step_tiles, verify_tiles
+from .delta_tiles import StepTiles, step_tiles
 
 _QKV = (
     "stride_qb", "stride_qt", "stride_qh", "stride_qd", "stride_kb", "stride_kt", "stride_kh", "stride_kd",
@@ -59,7 +59,7 @@ def update_launch(
 
 def gated_delta_rule_verify(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state_pool: Tensor, journal: Tensor, slots: Tensor,
-    accepted: Tensor, scale: float, qk_l2norm: str = "none", eps: float = 1e-6,
+    accepted: Tensor, turn: Tensor, scale: float, qk_l2norm: str = "none", eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """`sm12x::gated_delta_rule_verify`; see `sm12x_compile.ops.gated_delta_rule` for the arguments.
@@ -71,9 +71,9 @@ def gated_delta_rule_verify(
         ValueError: the shapes do not fit.
     """
     B, _, Hv, V = v.shape
-    tiles = verify_tiles(card_of(q), k.shape[3], V, B * Hv)
+    tiles = step_tiles(card_of(q), k.shape[3], V, B * Hv)
     return run_verify(
-        tiles, q, k, v, g, beta, state_pool, journal, slots, accepted, scale, qk_l2norm, eps, out_dtype
+        tiles, q, k, v, g, beta, state_pool, journal, slots, accepted, turn, scale, qk_l2norm, eps, out_dtype
     )  # fmt: skip
 
 
@@ -90,19 +90,23 @@ def run_verify(tiles: StepTiles, *args: Any, **kwargs: Any) -> Tensor:
 
 def verify_launch(
     tiles: StepTiles, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state_pool: Tensor, journal: Tensor,
-    slots: Tensor, accepted: Tensor, scale: float, qk_l2norm: str = "none", eps: float = 1e-6,
+    slots: Tensor, accepted: Tensor, turn: Tensor, scale: float, qk_l2norm: str = "none", eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, dict[str, Any], tuple[int, int]]:  # fmt: skip
+) -> tuple[Tensor, dict[str, Any], tuple[int, int, int]]:  # fmt: skip
     """Storage of o, the kernel's arguments by name, and its grid."""
     out, a = _operands(q, k, v, g, beta, state_pool, slots, scale, qk_l2norm, eps, out_dtype)
     B, S, Hv, V = v.shape
     width = k.shape[3] + V + (1 if g.ndim == 3 else k.shape[3])
-    fits = journal.ndim == 4 and journal.shape[1] >= S and journal.shape[2:] == (Hv, width)
-    if not fits or journal.shape[0] != state_pool.shape[0] or accepted.shape != (B,):
-        raise ValueError(f"journal {tuple(journal.shape)}, accepted {tuple(accepted.shape)}: do not fit v {tuple(v.shape)}")
-    a |= dict(journal=journal, accepted=accepted, stride_acc=accepted.stride(0), BLOCK_V=tiles.width)
-    a |= zip(("stride_jp", "stride_jt", "stride_jh", "stride_jd"), journal.stride(), strict=True)
-    return out, a, (Hv, B)
+    fits = journal.ndim == 5 and journal.shape[2] >= S and journal.shape[3:] == (Hv, width)
+    if not fits or journal.shape[:2] != (state_pool.shape[0], 2) or accepted.shape != (B,) or turn.shape != (B,):
+        raise ValueError(
+            f"journal {tuple(journal.shape)}, accepted {tuple(accepted.shape)} and turn {tuple(turn.shape)} do not "
+            f"fit v {tuple(v.shape)}"
+        )
+    a |= dict(journal=journal, accepted=accepted, stride_acc=accepted.stride(0), turn=turn, stride_turn=turn.stride(0))
+    a |= zip(("stride_jp", "stride_half", "stride_jt", "stride_jh", "stride_jd"), journal.stride(), strict=True)
+    a |= dict(DEPTH=journal.shape[2], BLOCK_V=tiles.width)
+    return out, a, (V // tiles.width, Hv, B)
 
 
 def _operands(

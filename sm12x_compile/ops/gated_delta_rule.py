@@ -282,6 +282,7 @@ def gated_delta_rule_verify_fake(
     journal: Tensor,
     slots: Tensor,
     accepted: Tensor,
+    turn: Tensor,
     scale: float,
     qk_l2norm: str = "none",
     eps: float = 1e-6,
@@ -293,7 +294,7 @@ def gated_delta_rule_verify_fake(
 def gated_delta_rule_verify_cost(a: dict[str, Any]) -> Cost:
     step = gated_delta_rule_update_cost(a)
     B, S, Hv, _ = a["v"].shape
-    journal = 2 * B * S * Hv * a["journal"].shape[3] * a["journal"].element_size()
+    journal = 2 * B * S * Hv * a["journal"].shape[4] * a["journal"].element_size()
     return Cost(bytes=step.bytes + journal, flops=step.flops * 4 / 3)
 
 
@@ -308,6 +309,7 @@ def gated_delta_rule_verify(
     journal: Tensor,
     slots: Tensor,
     accepted: Tensor,
+    turn: Tensor,
     scale: float,
     qk_l2norm: str = "none",
     eps: float = 1e-6,
@@ -318,20 +320,22 @@ def gated_delta_rule_verify(
     A rejected draft must leave no trace in the state. Keeping the state behind every draft would write it S times;
     instead the drafts themselves are kept in a journal, and the *next* call commits those that were accepted:
 
-    1. the first ``accepted[b]`` tokens of the slot's journal are applied to its state (``S = diag(exp(g)) S + k u^T``,
-       with the u that they had), and the state is written back: the state before this call's drafts;
-    2. o of the drafts is computed from there, and the drafts become the slot's journal; the state keeps out of it.
+    1. the first ``accepted[b]`` tokens of the slot's last drafts are applied to its state (``S = diag(exp(g)) S +
+       k u^T``, with the u that they had), and the state is written back: the state before this call's drafts;
+    2. o of the drafts is computed from there; the drafts go to the journal, and the state keeps out of it.
 
-    So a step reads and writes the state once, as a step of one token does. ``accepted`` is 0 behind a prefill.
+    So a step reads and writes the state once, as a step of one token does. The journal has two halves, so that one is
+    read while the other is written. Behind a prefill, ``accepted`` is 0 and ``turn`` is either.
 
     Args:
         q, k, v, g, beta: the drafts, as in `sm12x::gated_delta_rule_update`.
         state_pool: ``[P, Hv, K, V]``, floating point. **Mutated**; computed in fp32, rounded to the pool's dtype when
             it is written (the drafts see it unrounded).
-        journal: fp32 (fp64 for fp64 inputs) ``[P, D, Hv, K + V + G]`` with ``D >= S``; G is 1 for GDN, K for KDA:
-            each token's k (normalised), u and g. **Mutated**: tokens 0 to S - 1 of the slots in use.
+        journal: fp32 (fp64 for fp64 inputs) ``[P, 2, D, Hv, K + V + G]`` with ``D >= S``; G is 1 for GDN, K for KDA:
+            each token's k (normalised), u and g. **Mutated**: tokens 0 to S - 1 of the other half of the slots in use.
         slots: int64 ``[B]``, as in `sm12x::gated_delta_rule_update`.
-        accepted: integers ``[B]``: how many of the drafts of the slot's last call were accepted, at most D.
+        accepted: int64 ``[B]``: how many of the drafts of the slot's last call were accepted, at most D.
+        turn: int64 ``[B]``, 0 or 1: the half that holds the slot's last drafts. The next call's is ``1 - turn``.
         scale, qk_l2norm, eps, out_dtype: as in `sm12x::gated_delta_rule`.
 
     Returns:
@@ -345,17 +349,19 @@ def gated_delta_rule_verify(
     B, Hv, S, V = v_wide.shape
     K = q.shape[3]
     _check_pool("gated_delta_rule_verify", state_pool, slots, B, (Hv, K, V))
-    if journal.ndim != 4 or journal.shape[1] < S or journal.shape[::2] != (state_pool.shape[0], Hv):
+    if journal.ndim != 5 or journal.shape[2] < S or journal.shape[:2] != (state_pool.shape[0], 2):
         raise ValueError(f"sm12x::gated_delta_rule_verify: journal {tuple(journal.shape)} for {S} drafts")
-    if journal.shape[3] != K + V + G or accepted.shape != (B,):
+    if journal.shape[3:] != (Hv, K + V + G) or accepted.shape != (B,) or turn.shape != (B,):
         raise ValueError(
-            f"sm12x::gated_delta_rule_verify: journal of {journal.shape[3]} numbers a token and accepted "
-            f"{tuple(accepted.shape)}, not {K + V + G} and {(B,)}"
+            f"sm12x::gated_delta_rule_verify: journal {tuple(journal.shape)}, accepted {tuple(accepted.shape)} and "
+            f"turn {tuple(turn.shape)}, not {('P', 2, 'D', Hv, K + V + G)}, {(B,)} and {(B,)}"
         )
     state = read_slots(state_pool, slots).to(q.dtype)
     entries = read_slots(journal, slots)
-    for s in range(journal.shape[1]):
-        k_then, u_then, g_then = entries[:, s].to(q.dtype).split([K, V, G], dim=-1)
+    rows = torch.arange(B, device=turn.device)
+    last = entries[rows, turn].to(q.dtype)
+    for s in range(last.shape[1]):
+        k_then, u_then, g_then = last[:, s].split([K, V, G], dim=-1)
         grown = state * torch.exp(g_then)[..., None] + k_then[..., :, None] * u_then[..., None, :]
         state = torch.where((s < accepted)[:, None, None, None], grown, state)
     write_slots(state_pool, slots, state)
@@ -363,6 +369,6 @@ def gated_delta_rule_verify(
     for s in range(S):
         k_s, g_s = k[:, :, s], g[:, :, s]
         state, u, out[:, :, s] = _token(state, q[:, :, s], k_s, v_wide[:, :, s], g_s, beta[:, :, s])
-        entries[:, s] = torch.cat([k_s, u, g_s], dim=-1)
+        entries[rows, 1 - turn, s] = torch.cat([k_s, u, g_s], dim=-1).to(entries.dtype)
     write_slots(journal, slots, entries)
     return _output(out, slots, out_dtype or v.dtype)

@@ -224,21 +224,22 @@ def test_rejected_drafts_leave_no_trace(kda: bool, norm: str) -> None:
     pool = torch.randn(5, 2, 4, 3, dtype=torch.float64)
     start, slots = pool.clone(), torch.tensor([4, -1, 0])
     # Only what was accepted may be read.
-    journal = torch.full((5, 4, 2, 4 + 3 + (4 if kda else 1)), math.nan, dtype=torch.float64)
+    journal = torch.full((5, 2, 4, 2, 4 + 3 + (4 if kda else 1)), math.nan, dtype=torch.float64)
     want_o, _, states = oracle(exact, 0.5, start[[4, 1, 0]])
-    at, accepted = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    at, accepted, turn = torch.zeros(3, 3, dtype=torch.int64)
+    turn[2] = 1
     generator = torch.Generator().manual_seed(3)
     for drafts in (4, 3, 1, 4):
         rows = at[:, None] + torch.arange(drafts)
         inputs = (x[torch.arange(3)[:, None], rows] for x in ops)
-        o = gated_delta_rule_verify.overload(*inputs, pool, journal, slots, accepted, 0.5, qk_l2norm=norm)
+        o = gated_delta_rule_verify.overload(*inputs, pool, journal, slots, accepted, turn, 0.5, qk_l2norm=norm)
         for row in (0, 2):
             torch.testing.assert_close(o[row], want_o[row, rows[row]])
             before = start[slots[row]] if at[row] == 0 else states[row, at[row] - 1]
             torch.testing.assert_close(pool[slots[row]], before)
         assert not o[1].any()
         accepted = torch.randint(1, min(drafts, 2) + 1, (3,), generator=generator)
-        at += accepted
+        at, turn = at + accepted, 1 - turn
     for slot in (1, 2, 3):
         assert torch.equal(pool[slot], start[slot]) and journal[slot].isnan().all()
 
@@ -266,7 +267,7 @@ def test_a_low_precision_pool_is_rounded_once() -> None:
 
 def test_bad_operands() -> None:
     q, k, v, g, beta = operands()
-    pool, slots, journal = torch.zeros(2, 2, 4, 3), torch.arange(2), torch.zeros(2, 5, 2, 8)
+    pool, slots, journal = torch.zeros(2, 2, 4, 3), torch.arange(2), torch.zeros(2, 2, 5, 2, 8)
     forward, update = gated_delta_rule.overload, gated_delta_rule_update.overload
     verify = gated_delta_rule_verify.overload
     for bad, message in (
@@ -278,10 +279,10 @@ def test_bad_operands() -> None:
         (lambda: forward(q, k, v, g, beta, 1.0, cu_seqlens=torch.tensor([0, 5])), "batch of 1"),
         (lambda: update(q, k, v, g, beta, pool[:, :, :3], slots, 1.0), "state_pool"),
         (lambda: update(q, k, v, g, beta, pool, slots[:1], 1.0), "slots"),
-        (lambda: verify(q, k, v, g, beta, pool, journal[:, :4], slots, slots, 1.0), "5 drafts"),
-        (lambda: verify(q, k, v, g, beta, pool, journal[..., 1:], slots, slots, 1.0), "7 numbers a token"),
-        (lambda: verify(q, k, v, g, beta, pool, journal, slots, slots[:1], 1.0), "accepted"),
-        (lambda: verify(q, k, v, g, beta, pool[..., :2], journal, slots, slots, 1.0), "state_pool"),
+        (lambda: verify(q, k, v, g, beta, pool, journal[:, :, :4], slots, slots, slots, 1.0), "5 drafts"),
+        (lambda: verify(q, k, v, g, beta, pool, journal[..., 1:], slots, slots, slots, 1.0), "journal"),
+        (lambda: verify(q, k, v, g, beta, pool, journal, slots, slots[:1], slots, 1.0), "accepted"),
+        (lambda: verify(q, k, v, g, beta, pool[..., :2], journal, slots, slots, slots, 1.0), "state_pool"),
         (lambda: update(q, k, v, g, beta, pool, slots, 1.0, qk_l2norm=""), "qk_l2norm=''"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -296,8 +297,8 @@ def test_schema_and_fake(check_op: Any) -> None:
     check_op(gated_delta_rule, *packed, 0.5, cu_seqlens=torch.tensor([0, 2, 5, 9]), out_dtype=torch.float32)
     check_op(gated_delta_rule_update, *ops, torch.zeros(4, 2, 4, 3), torch.tensor([3, -1]), 0.5)
     check_op(
-        gated_delta_rule_verify, *ops, torch.zeros(4, 2, 4, 3), torch.zeros(4, 6, 2, 8), torch.tensor([3, -1]),
-        torch.tensor([2, 0]), 0.5, out_dtype=torch.float32,
+        gated_delta_rule_verify, *ops, torch.zeros(4, 2, 4, 3), torch.zeros(4, 2, 6, 2, 8), torch.tensor([3, -1]),
+        torch.tensor([2, 0]), torch.tensor([1, 0]), 0.5, out_dtype=torch.float32,
     )  # fmt: skip
     assert gated_delta_rule_update.mutates == ("state_pool",)
     assert gated_delta_rule_verify.mutates == ("state_pool", "journal")
@@ -313,5 +314,5 @@ def test_cost() -> None:
     step = gated_delta_rule_update.cost(call | dict(state_pool=torch.zeros(9, 4, 64, 32)))
     assert step.bytes == tokens + 2 * 4 * 4 * 64 * 32
     assert gated_delta_rule_verify.cost is not None
-    drafts = call | dict(state_pool=torch.zeros(9, 4, 64, 32), journal=torch.zeros(9, 12, 4, 97))
+    drafts = call | dict(state_pool=torch.zeros(9, 4, 64, 32), journal=torch.zeros(9, 2, 12, 4, 97))
     assert gated_delta_rule_verify.cost(drafts).bytes == step.bytes + 2 * 10 * 4 * 97 * 4
