@@ -96,7 +96,7 @@ def chunked_launches(
     def scratch(*shape: int, dtype: torch.dtype = v.dtype) -> Tensor:
         return v.new_empty((chunks, Hv, *shape), dtype=dtype)
 
-    common = dict(
+    common: dict[str, Any] = dict(
         cu_seqlens=cu_seqlens, T=T, sequences=N, HEADS=Hv, GROUP=Hv // Hk, K=K, V=V, CHUNK=CHUNK,
         PRECISION="ieee" if v.dtype == torch.float32 else "tf32", N_PAD=1 << N.bit_length(),
         inverse=scratch(CHUNK, CHUNK), scores=scratch(CHUNK, CHUNK), chunk_decay=scratch(K, dtype=torch.float32),
