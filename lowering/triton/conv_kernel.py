@@ -58,9 +58,9 @@ def conv_kernel(
     tl.store(out, _activate(acc, SILU).to(y.dtype.element_ty), mask=inside & (t < T))
     if first + BLOCK_T >= T:
         for j in tl.static_range(0, FINAL):
-            at = T - FINAL + j + c * 0
-            value = _history(x, state, at, T, c, inside, stride_xc, stride_xt, stride_sc, stride_sl, LENGTH)
-            tl.store(final + (b * C + c) * FINAL + j, value.to(final.dtype.element_ty), mask=inside)
+            before = T - FINAL + j + c * 0
+            kept = _history(x, state, before, T, c, inside, stride_xc, stride_xt, stride_sc, stride_sl, LENGTH)
+            tl.store(final + (b * C + c) * FINAL + j, kept.to(final.dtype.element_ty), mask=inside)
 
 
 @triton.jit

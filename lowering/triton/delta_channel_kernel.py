@@ -27,7 +27,7 @@ def prepare_channels_kernel(
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_gb, stride_gt, stride_gh, stride_gd, stride_bb, stride_bt, stride_bh, T, sequences, scale, eps,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr, N_PAD: tl.constexpr,
+    NORM: tl.constexpr, PRECISION: tl.constexpr, N_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks of all sequences, or more; HEADS).
 
@@ -83,7 +83,7 @@ def prepare_channels_kernel(
     square = item * CHUNK * CHUNK + row[:, None] * CHUNK + row[None, :]
     qk += tl.where(row[:, None] == row[None, :], same[:, None], 0.0)
     tl.store(scores + square, (qk * q_unit[:, None] * k_unit[None, :]).to(dtype))
-    X = unit_lower_inverse(kk * (strength * k_unit)[:, None] * k_unit[None, :], CHUNK, PRECISION, FINE)
+    X = unit_lower_inverse(kk * (strength * k_unit)[:, None] * k_unit[None, :], CHUNK, PRECISION)
     tl.store(inverse + square, (X * strength[None, :]).to(dtype))
     for d in tl.range(0, K, BLOCK_D):
         q_part = tl.load(q_rows + (d + cols)[None, :] * stride_qd, mask=valid[:, None], other=0.0).to(tl.float32)

@@ -1,4 +1,4 @@
-"""`sm12x::gated_delta_rule` by three Triton kernels over chunks of 64 tokens: prepare, walk, output."""
+"""`sm12x::gated_delta_rule` by Triton kernels over chunks of 64 tokens: prepare them in parallel, walk over them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import card_of, device_guard
-from .delta_tiles import CHUNK, ChunkTiles, Tile, chunk_tiles, segments
+from .delta_tiles import CHUNK, ChunkTiles, Tile, chunk_tiles, parts
 
 
 class Launch(NamedTuple):
@@ -38,17 +38,19 @@ def gated_delta_rule_chunked(
     """
     arch = card_of(q)
     B, T, Hv, V = v.shape
+    K = k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tiles = chunk_tiles(arch, k.shape[3], V, g.ndim == 4, N * Hv)
-    parts = segments(arch, tiles, V, N * Hv, -(-T * B // (CHUNK * max(1, N))))
+    chunks = -(-B * T // (CHUNK * max(1, N)))
+    tiles = chunk_tiles(arch, K, V, g.ndim == 4, N * Hv, chunks)
+    count = parts(arch, tiles, K, V, N * Hv, chunks)
     return run_chunked(
-        tiles, parts, q, k, v, g, beta, scale, initial_state, qk_l2norm, eps, cu_seqlens, out_dtype
+        tiles, count, q, k, v, g, beta, scale, initial_state, qk_l2norm, eps, cu_seqlens, out_dtype
     )  # fmt: skip
 
 
-def run_chunked(tiles: ChunkTiles, parts: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """`gated_delta_rule_chunked` with the tiles, and the parts that sequences are cut into, given."""
-    out, final, launches = chunked_launches(tiles, parts, *args, **kwargs)
+def run_chunked(tiles: ChunkTiles, count: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """`gated_delta_rule_chunked` with the tiles, and the number of parts that sequences are cut into, given."""
+    out, final, launches = chunked_launches(tiles, count, *args, **kwargs)
     with device_guard(out):
         for launch in launches:
             run_launch(launch)
@@ -74,7 +76,7 @@ def kernel_of(name: str) -> Any:
 
 
 def chunked_launches(
-    tiles: ChunkTiles, parts: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
+    tiles: ChunkTiles, count: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float,
     initial_state: Tensor | None = None, qk_l2norm: str = "none", eps: float = 1e-6,
     cu_seqlens: Tensor | None = None, out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, list[Launch]]:  # fmt: skip
@@ -83,12 +85,13 @@ def chunked_launches(
     Hk, K = k.shape[2:]
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    # How long the packed sequences are is known on the device alone: these are bounds.
     chunks = B * -(-T // CHUNK) if cu_seqlens is None else T // CHUNK + N
-    longest = -(-T // CHUNK)
-    segment_chunks = max(1, -(-longest // parts))
-    segment_count = N if parts == 1 else N * -(-longest // segment_chunks)
-    if cu_seqlens is not None and parts > 1:
-        segment_count = T // (segment_chunks * CHUNK) + N
+    segment_chunks, segments = max(1, -(-T // CHUNK)), N
+    if count > 1:
+        segment_chunks = max(1, -(-B * T // (CHUNK * N * count)))
+        tokens = segment_chunks * CHUNK
+        segments = N * -(-T // tokens) if cu_seqlens is None else T // tokens + N
     per_channel = g.ndim == 4
     out = v.new_empty(v.shape, dtype=out_dtype or v.dtype)
     final = v.new_empty((N, Hv, K, V), dtype=torch.float32)
@@ -106,7 +109,7 @@ def chunked_launches(
     k_strides = dict(zip(("stride_kb", "stride_kt", "stride_kh", "stride_kd"), k.stride(), strict=True))
     prepare = common | q_strides | k_strides | dict(
         q=q, k=k, g=g, beta=beta, scale=float(scale), eps=float(eps), BLOCK_D=tiles.prepare.width,
-        NORM=qk_l2norm != "none", FINE="ieee" if v.dtype == torch.float32 else "tf32x3",
+        NORM=qk_l2norm != "none",
     )  # fmt: skip
     prepare |= zip(("stride_gb", "stride_gt", "stride_gh", "stride_gd"), g.stride(), strict=False)
     prepare |= zip(("stride_bb", "stride_bt", "stride_bh"), beta.stride(), strict=True)
@@ -122,22 +125,17 @@ def chunked_launches(
         walk |= q_strides | k_strides | dict(q=q, k=k, k_write=None)
         launches = [Launch("prepare_kernel", prepare, (chunks, Hv), tiles.prepare)]
     walk["transition"] = None
-    if parts > 1:
-        walk["transition"] = v.new_empty((segment_count, Hv, K, V + K), dtype=torch.float32)
+    if count > 1:
+        walk["transition"] = v.new_empty((segments, Hv, K, V + K), dtype=torch.float32)
         first = walk | dict(BLOCK_V=tiles.transition.width, STAGES=tiles.transition.num_stages)
-        grid = (segment_count, Hv, (V + K) // tiles.transition.width)
+        grid = (segments, Hv, (V + K) // tiles.transition.width)
         launches.append(Launch("transition_kernel", first, grid, tiles.transition))
-    walk |= dict(initial=initial_state, final=final, out=out, states=None, changes=None)
+    walk |= dict(initial=initial_state, final=final, out=out)
     walk |= dict(BLOCK_V=tiles.state.width, STAGES=tiles.state.num_stages)
     start = (None,) * 4 if initial_state is None else initial_state.stride()
     walk |= zip(("stride_sn", "stride_sh", "stride_sk", "stride_sv"), start, strict=True)
     walk |= zip(("stride_ob", "stride_ot", "stride_oh"), out.stride(), strict=False)
-    if not tiles.fused:
-        walk |= dict(out=None, states=scratch(K, V), changes=scratch(CHUNK, V))
-    launches.append(Launch("state_kernel", walk, (V // tiles.state.width, Hv, segment_count), tiles.state))
-    if not tiles.fused:
-        last = walk | dict(out=out, BLOCK_K=min(128, K), BLOCK_V=tiles.output.width)
-        launches.append(Launch("output_kernel", last, (V // tiles.output.width, chunks, Hv), tiles.output))
+    launches.append(Launch("state_kernel", walk, (V // tiles.state.width, Hv, segments), tiles.state))
     return out, final, launches
 
 

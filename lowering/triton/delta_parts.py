@@ -60,7 +60,7 @@ def unit_scale(squares, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
+def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
     """``(I + A)^-1`` for a strictly lower triangular A, fp32 ``[C, C]``; C is 64.
 
     A matrix of four by four blocks whose strictly lower part is N obeys ``N^4 = 0``, so that
@@ -76,9 +76,9 @@ def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.con
     eye = tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None]
     near = (i[:, None] // 4 == i[None, :] // 4)[None]
     inner = tl.where(near, diagonal, 0.0)
-    X = _fourth_power_vanishes(inner, eye, FINE)
-    N = tl.dot(X, tl.where(near, 0.0, diagonal), input_precision=FINE)
-    X = tl.dot(_fourth_power_vanishes(N, eye, FINE), X, input_precision=FINE)
+    X = _fourth_power_vanishes(inner, eye, PRECISION)
+    N = tl.dot(X, tl.where(near, 0.0, diagonal), input_precision=PRECISION)
+    X = tl.dot(_fourth_power_vanishes(N, eye, PRECISION), X, input_precision=PRECISION)
     # Back to [C, C].
     X = tl.where(same_part, X[:, :, None, :], 0.0)
     X = tl.reshape(X, (C, C))

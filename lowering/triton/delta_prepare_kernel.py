@@ -20,7 +20,7 @@ def prepare_kernel(
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_gb, stride_gt, stride_gh, stride_bb, stride_bt, stride_bh, T, sequences, scale, eps,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,
-    NORM: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr, N_PAD: tl.constexpr,
+    NORM: tl.constexpr, PRECISION: tl.constexpr, N_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks of all sequences, or more; HEADS).
 
@@ -78,5 +78,5 @@ def prepare_kernel(
     tl.store(chunk_decay + item * K + channels, tl.exp2(last + channels * 0.0))
 
     A = tl.where(row[:, None] > row[None, :], kk * between * (strength * k_unit)[:, None], 0.0)
-    X = unit_lower_inverse(A, CHUNK, PRECISION, FINE)
+    X = unit_lower_inverse(A, CHUNK, PRECISION)
     tl.store(inverse + square, (X * strength[None, :]).to(dtype))

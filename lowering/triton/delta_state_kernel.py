@@ -1,4 +1,4 @@
-"""Second and third kernel of the chunked gated delta rule: the walk over the chunks, and the output.
+"""Second kernel of the chunked gated delta rule: the walk over the chunks, which writes the output as well.
 
 A program of the walk holds ``[K, BLOCK_V]`` of one head's state in registers and takes the chunks of a segment in
 order; a segment is a whole sequence, or, for few heads and long sequences, a part of one. Parts are walked twice.
@@ -106,19 +106,15 @@ def transition_kernel(
 
 @triton.jit(do_not_specialize=["T", "sequences", "segment_chunks"])
 def state_kernel(
-    q, k, k_write, v, inverse, scores, row_scales, chunk_decay, transition, initial, final, states, changes, out,
-    cu_seqlens, stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
+    q, k, k_write, v, inverse, scores, row_scales, chunk_decay, transition, initial, final, out, cu_seqlens,
+    stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_sn, stride_sh, stride_sk, stride_sv,
     stride_ob, stride_ot, stride_oh, T, sequences, segment_chunks,
     HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
     CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     N_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BLOCK_V, HEADS, segments).
-
-    Writes the state behind every sequence to final ``[sequences, HEADS, K, V]``, and either `out` (if there is one),
-    or what `output_kernel` makes it of: every chunk's start to states ``[K, V]``, its u to changes ``[CHUNK, V]``.
-    """
+    """Grid (V / BLOCK_V, HEADS, segments). Writes o, and the state behind every sequence to final ``[.., K, V]``."""
     segment = tl.program_id(2)
     n, part, b, start, end, before = locate(
         segment, cu_seqlens, sequences, T, segment_chunks * CHUNK, 1, CHUNK, N_PAD
@@ -157,59 +153,17 @@ def state_kernel(
         v_tile = tl.load(v_pointers, mask=valid, other=0.0)
         rounded = S.to(dtype)
         change = _changes(rounded, k_tile, v_tile, item, inverse, row_scales, rows, CHUNK, PER_CHANNEL, PRECISION)
-        if out is None:
-            tl.store(states + item * K * V + cols[:, None] * V + out_cols[None, :], rounded)
-            tl.store(changes + item * CHUNK * V + rows[:, None] * V + out_cols[None, :], change.to(dtype))
-        else:
-            q_tile = _token_tile(q, item, t, end, rows, cols, stride_qt, stride_qd, K, CHUNK, PER_CHANNEL, dtype)
-            o = tl.dot(q_tile, rounded, input_precision=PRECISION)
-            if not PER_CHANNEL:
-                o = o * tl.load(row_scales + (item * 3 + 2) * CHUNK + rows)[:, None]
-            score = _tile(scores + item * CHUNK * CHUNK, rows, rows, CHUNK)
-            o = tl.dot(score, change.to(dtype), o, input_precision=PRECISION)
-            target = out + b * stride_ob + (t.to(tl.int64) * stride_ot)[:, None] + h * stride_oh + out_cols[None, :]
-            tl.store(target, o.to(out.dtype.element_ty), mask=valid)
+        q_tile = _token_tile(q, item, t, end, rows, cols, stride_qt, stride_qd, K, CHUNK, PER_CHANNEL, dtype)
+        o = tl.dot(q_tile, rounded, input_precision=PRECISION)
+        if not PER_CHANNEL:
+            o = o * tl.load(row_scales + (item * 3 + 2) * CHUNK + rows)[:, None]
+        score = _tile(scores + item * CHUNK * CHUNK, rows, rows, CHUNK)
+        o = tl.dot(score, change.to(dtype), o, input_precision=PRECISION)
+        target = out + b * stride_ob + (t.to(tl.int64) * stride_ot)[:, None] + h * stride_oh + out_cols[None, :]
+        tl.store(target, o.to(out.dtype.element_ty), mask=valid)
         S = _advance(
             S, change, k_tile, item, k_write, row_scales, chunk_decay, rows, cols, K, CHUNK, PER_CHANNEL, PRECISION
         )  # fmt: skip
     if first + segment_chunks * CHUNK >= end:
         target = final + (tl.cast(n, tl.int64) * HEADS + h) * K * V
         tl.store(target + cols[:, None] * V + out_cols[None, :], S.to(final.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["T", "sequences"])
-def output_kernel(
-    q, scores, row_scales, states, changes, out, cu_seqlens,
-    stride_qb, stride_qt, stride_qh, stride_qd, stride_ob, stride_ot, stride_oh, T, sequences,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, CHUNK: tl.constexpr, PER_CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
-    N_PAD: tl.constexpr,
-):  # fmt: skip
-    """Grid (V / BLOCK_V, chunks of all sequences or more, HEADS): what q reads of the state, and of its own chunk."""
-    unit = tl.program_id(1)
-    n, chunk, b, start, end, _ = locate(unit, cu_seqlens, sequences, T, CHUNK, 0, CHUNK, N_PAD)
-    if n >= sequences:
-        return
-    h = tl.program_id(2)
-    rows = tl.arange(0, CHUNK)
-    cols = tl.arange(0, BLOCK_K)
-    out_cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    item = tl.cast(unit, tl.int64) * HEADS + h
-    t = start + chunk * CHUNK + rows
-    valid = (t < end)[:, None]
-    dtype = states.dtype.element_ty
-    o = tl.zeros((CHUNK, BLOCK_V), tl.float32)
-    for d in tl.static_range(0, K, BLOCK_K):
-        if PER_CHANNEL:
-            q_tile = _tile(q + item * CHUNK * K + d, rows, cols, K)
-        else:
-            pointers = q + b * stride_qb + (h // GROUP) * stride_qh + (t.to(tl.int64) * stride_qt)[:, None]
-            q_tile = tl.load(pointers + (d + cols)[None, :] * stride_qd, mask=valid, other=0.0).to(dtype)
-        state = _tile(states + item * K * V + d * V, cols, out_cols, V)
-        o = tl.dot(q_tile, state, o, input_precision=PRECISION)
-    if not PER_CHANNEL:
-        o = o * tl.load(row_scales + (item * 3 + 2) * CHUNK + rows)[:, None]
-    score = _tile(scores + item * CHUNK * CHUNK, rows, rows, CHUNK)
-    o = tl.dot(score, _tile(changes + item * CHUNK * V, rows, out_cols, V), o, input_precision=PRECISION)
-    target = out + b * stride_ob + (t.to(tl.int64) * stride_ot)[:, None] + h * stride_oh + out_cols[None, :]
-    tl.store(target, o.to(out.dtype.element_ty), mask=valid)

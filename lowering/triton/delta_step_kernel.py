@@ -16,17 +16,28 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _unit_row(base, cols, stride, eps, NORM: tl.constexpr):
-    x = tl.load(base + cols * stride).to(tl.float32)
-    return x * unit_scale(tl.sum(x * x, 0), eps, NORM)
+def _rows(base, rows, cols, stride_t, stride_d, TOKENS: tl.constexpr):
+    """``[tokens, columns]`` fp32; zero behind the last token."""
+    pointers = base + rows[:, None] * stride_t + cols[None, :] * stride_d
+    return tl.load(pointers, mask=(rows < TOKENS)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _read_decay(g, cols, stride_gd, PER_CHANNEL: tl.constexpr):
-    """Natural logarithm of the decay, ``[K]``."""
-    if PER_CHANNEL:
-        return tl.load(g + cols * stride_gd).to(tl.float32)
-    return tl.load(g).to(tl.float32) + cols * 0.0
+def _unit_rows(base, rows, cols, stride_t, stride_d, eps, TOKENS: tl.constexpr, NORM: tl.constexpr):
+    x = _rows(base, rows, cols, stride_t, stride_d, TOKENS)
+    return x * unit_scale(tl.sum(x * x, 1), eps, NORM)[:, None]
+
+
+@triton.jit
+def _row(x, rows, s):
+    """Row s of a small tile in registers."""
+    return tl.sum(tl.where(rows[:, None] == s, x, 0.0), 0)
+
+
+@triton.jit
+def _decays(base, rows, cols, stride_t, stride_d, TOKENS: tl.constexpr, PER_CHANNEL: tl.constexpr):
+    """Natural logarithms of the decays, ``[tokens, K]``."""
+    return _rows(base, rows, cols if PER_CHANNEL else cols * 0, stride_t, stride_d, TOKENS)
 
 
 @triton.jit
@@ -45,8 +56,8 @@ def update_kernel(
     stride_vb, stride_vt, stride_vh, stride_vd, stride_gb, stride_gt, stride_gh, stride_gd,
     stride_bb, stride_bt, stride_bh, stride_pp, stride_ph, stride_pk, stride_pv, stride_slot,
     stride_ob, stride_ot, stride_oh, scale, eps,
-    TOKENS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
-    NORM: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    TOKENS: tl.constexpr, TOKENS_PAD: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_V: tl.constexpr, NORM: tl.constexpr, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
     """Grid (V / BLOCK_V, value heads, B): `sm12x::gated_delta_rule_update`."""
     b = tl.program_id(2).to(tl.int64)
@@ -61,18 +72,22 @@ def update_kernel(
         return
     state = pool + slot * stride_pp + h * stride_ph + cols[:, None] * stride_pk + out_cols[None, :] * stride_pv
     S = tl.load(state).to(tl.float32)
-    q += b * stride_qb + (h // GROUP) * stride_qh
-    k += b * stride_kb + (h // GROUP) * stride_kh
-    v += b * stride_vb + h * stride_vh + out_cols * stride_vd
-    g += b * stride_gb + h * stride_gh
-    beta += b * stride_bb + h * stride_bh
+    # All tokens at once: a load waits for every store before it.
+    rows = tl.arange(0, TOKENS_PAD)
+    all_q = _unit_rows(
+        q + b * stride_qb + (h // GROUP) * stride_qh, rows, cols, stride_qt, stride_qd, eps, TOKENS, NORM
+    )  # fmt: skip
+    all_k = _unit_rows(
+        k + b * stride_kb + (h // GROUP) * stride_kh, rows, cols, stride_kt, stride_kd, eps, TOKENS, NORM
+    )  # fmt: skip
+    all_v = _rows(v + b * stride_vb + h * stride_vh, rows, out_cols, stride_vt, stride_vd, TOKENS)
+    all_g = _decays(g + b * stride_gb + h * stride_gh, rows, cols, stride_gt, stride_gd, TOKENS, PER_CHANNEL)
+    all_beta = _rows(beta + b * stride_bb + h * stride_bh, rows, out_cols * 0, stride_bt, 0, TOKENS)
     for s in tl.static_range(0, TOKENS):
-        q_row = _unit_row(q + s * stride_qt, cols, stride_qd, eps, NORM) * scale
-        k_row = _unit_row(k + s * stride_kt, cols, stride_kd, eps, NORM)
-        decay = _read_decay(g + s * stride_gt, cols, stride_gd, PER_CHANNEL)
-        value = tl.load(v + s * stride_vt).to(tl.float32)
-        strength = tl.load(beta + s * stride_bt).to(tl.float32)
-        S, _, o = _token(S, q_row, k_row, value, decay, strength)
+        S, _, o = _token(
+            S, _row(all_q, rows, s) * scale, _row(all_k, rows, s), _row(all_v, rows, s), _row(all_g, rows, s),
+            _row(all_beta, rows, s),
+        )  # fmt: skip
         tl.store(out + s * stride_ot, o.to(out.dtype.element_ty))
     tl.store(state, S.to(pool.dtype.element_ty))
 
@@ -85,8 +100,9 @@ def verify_kernel(
     stride_bb, stride_bt, stride_bh, stride_pp, stride_ph, stride_pk, stride_pv,
     stride_jp, stride_half, stride_jt, stride_jh, stride_jd, stride_slot, stride_acc, stride_turn,
     stride_ob, stride_ot, stride_oh, scale, eps,
-    TOKENS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, NORM: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    TOKENS: tl.constexpr, TOKENS_PAD: tl.constexpr, DEPTH: tl.constexpr, DEPTH_PAD: tl.constexpr,
+    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, NORM: tl.constexpr,
+    PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
     """Grid (V / BLOCK_V, value heads, B): `sm12x::gated_delta_rule_verify`."""
     b = tl.program_id(2).to(tl.int64)
@@ -103,37 +119,40 @@ def verify_kernel(
     S = tl.load(state).to(tl.float32)
     known = tl.load(accepted + b * stride_acc)
     half = tl.load(turn + b * stride_turn).to(tl.int64)
+    # All tokens at once: a load waits for every store before it.
+    rows = tl.arange(0, TOKENS_PAD)
+    all_q = _unit_rows(
+        q + b * stride_qb + (h // GROUP) * stride_qh, rows, cols, stride_qt, stride_qd, eps, TOKENS, NORM
+    )  # fmt: skip
+    all_k = _unit_rows(
+        k + b * stride_kb + (h // GROUP) * stride_kh, rows, cols, stride_kt, stride_kd, eps, TOKENS, NORM
+    )  # fmt: skip
+    all_v = _rows(v + b * stride_vb + h * stride_vh, rows, out_cols, stride_vt, stride_vd, TOKENS)
+    all_g = _decays(g + b * stride_gb + h * stride_gh, rows, cols, stride_gt, stride_gd, TOKENS, PER_CHANNEL)
+    all_beta = _rows(beta + b * stride_bb + h * stride_bh, rows, out_cols * 0, stride_bt, 0, TOKENS)
     journal += slot * stride_jp + h * stride_jh
-    # A loop of fixed length: all entries are on their way before the state has come.
+    entries = tl.arange(0, DEPTH_PAD)
+    last = journal + half * stride_half
+    last_k = _rows(last, entries, cols, stride_jt, stride_jd, DEPTH)
+    last_u = _rows(last + K * stride_jd, entries, out_cols, stride_jt, stride_jd, DEPTH)
+    last_g = _decays(last + (K + V) * stride_jd, entries, cols, stride_jt, stride_jd, DEPTH, PER_CHANNEL)
     for s in tl.static_range(0, DEPTH):
-        entry = journal + half * stride_half + s * stride_jt
-        use = cols < tl.where(known > s, K, 0)
-        used = out_cols < tl.where(known > s, V, 0)
-        k_row = tl.load(entry + cols * stride_jd, mask=use, other=0.0).to(tl.float32)
-        u_row = tl.load(entry + (K + out_cols) * stride_jd, mask=used, other=0.0).to(tl.float32)
-        channel = cols if PER_CHANNEL else cols * 0
-        decay = tl.load(entry + (K + V + channel) * stride_jd, mask=use, other=0.0).to(tl.float32)
-        S = S * tl.exp2(decay * LOG2E)[:, None] + k_row[:, None] * u_row[None, :]
+        grown = S * tl.exp2(_row(last_g, entries, s) * LOG2E)[:, None]
+        grown += _row(last_k, entries, s)[:, None] * _row(last_u, entries, s)[None, :]
+        S = tl.where(known > s, grown, S)
     tl.store(state, S.to(pool.dtype.element_ty))
 
-    q += b * stride_qb + (h // GROUP) * stride_qh
-    k += b * stride_kb + (h // GROUP) * stride_kh
-    v += b * stride_vb + h * stride_vh + out_cols * stride_vd
-    g += b * stride_gb + h * stride_gh
-    beta += b * stride_bb + h * stride_bh
+    new = journal + (1 - half) * stride_half
+    if tl.program_id(0) == 0:
+        inside = (rows < TOKENS)[:, None]
+        entry = new + rows[:, None] * stride_jt + cols[None, :] * stride_jd
+        tl.store(entry, all_k.to(journal.dtype.element_ty), mask=inside)
+        channels = cols < (K if PER_CHANNEL else 1)
+        tl.store(entry + (K + V) * stride_jd, all_g.to(journal.dtype.element_ty), mask=inside & channels[None, :])
     for s in tl.static_range(0, TOKENS):
-        q_row = _unit_row(q + s * stride_qt, cols, stride_qd, eps, NORM) * scale
-        k_row = _unit_row(k + s * stride_kt, cols, stride_kd, eps, NORM)
-        decay = _read_decay(g + s * stride_gt, cols, stride_gd, PER_CHANNEL)
-        value = tl.load(v + s * stride_vt).to(tl.float32)
-        strength = tl.load(beta + s * stride_bt).to(tl.float32)
-        S, u_row, o = _token(S, q_row, k_row, value, decay, strength)
+        S, u, o = _token(
+            S, _row(all_q, rows, s) * scale, _row(all_k, rows, s), _row(all_v, rows, s), _row(all_g, rows, s),
+            _row(all_beta, rows, s),
+        )  # fmt: skip
         tl.store(out + s * stride_ot, o.to(out.dtype.element_ty))
-        entry = journal + (1 - half) * stride_half + s * stride_jt
-        tl.store(entry + (K + out_cols) * stride_jd, u_row.to(journal.dtype.element_ty))
-        if tl.program_id(0) == 0:
-            tl.store(entry + cols * stride_jd, k_row.to(journal.dtype.element_ty))
-            if PER_CHANNEL:
-                tl.store(entry + (K + V + cols) * stride_jd, decay.to(journal.dtype.element_ty))
-            else:
-                tl.store(entry + (K + V) * stride_jd, tl.load(g + s * stride_gt).to(journal.dtype.element_ty))
+        tl.store(new + s * stride_jt + (K + out_cols) * stride_jd, u.to(journal.dtype.element_ty))

@@ -26,16 +26,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class ChunkTiles:
-    """Tiles of the chunked kernels.
-
-    `fused`: the walk over the chunks writes the output as well, instead of every chunk's state.
-    """
+    """Tiles of the chunked kernels: columns of K for the first, of V (and K, in a transition) for the walks."""
 
     prepare: Tile
     state: Tile
-    output: Tile
     transition: Tile
-    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,24 +41,39 @@ class StepTiles:
     num_warps: int
 
 
-def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int) -> ChunkTiles:
-    """Tiles for head dims K and V and this many programs' worth of heads (sequences times heads)."""
-    large = arch.smem_per_block >= 160 * KIB
-    state = Tile(min(V, 32), 4, 2)
-    return ChunkTiles(
-        prepare=Tile(min(64, K, V), 4, 2), state=state, output=Tile(min(V, 64), 4, 2), transition=state, fused=large
-    )
+def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunks: int) -> ChunkTiles:
+    """Tiles for head dims K and V, so many heads (of all sequences) and chunks a sequence."""
+    if per_channel:
+        prepare = Tile(32, 8, 1)
+    else:
+        prepare = Tile(64, 4, 1, 168 if arch.wgmma else None)
+    if arch.smem_per_block < 160 * KIB:
+        state = Tile(32, 4, 2) if K <= 128 else Tile(16, 8, 2)
+        return ChunkTiles(prepare, state, transition=Tile(32, 4, 2))
+    if K > 128:
+        state = Tile(32, 4, 2)
+    else:
+        # Half as many programs read half as much, unless that leaves the card half empty.
+        fills = 4 * heads * (V // 64) >= 3 * arch.sm_count
+        state = Tile(64 if fills or _in_parts(arch, K, V, heads, chunks) else 32, 4, 3)
+    return ChunkTiles(prepare, state, transition=Tile(64, 4, 3))
 
 
-def segments(arch: Arch, tiles: ChunkTiles, V: int, heads: int, chunks: int) -> int:
-    """Parts to cut every sequence into, so that the walk over the chunks fills the card."""
-    programs = heads * (V // tiles.state.width)
-    if 2 * programs > arch.sm_count or chunks < 32:
+def _in_parts(arch: Arch, K: int, V: int, heads: int, chunks: int) -> bool:
+    """Whether sequences are so long, and heads so few, that walking them twice in parts is worth it."""
+    return K <= 128 and chunks >= 32 and 2 * heads * (V // 32) <= arch.sm_count
+
+
+def parts(arch: Arch, tiles: ChunkTiles, K: int, V: int, heads: int, chunks: int) -> int:
+    """Parts to cut every sequence into, so that the walk over the chunks fills the card; at least 8 chunks each."""
+    if not _in_parts(arch, K, V, heads, chunks):
         return 1
-    return max(1, min(chunks // 8, -(-arch.sm_count // programs)))
+    return max(1, min(chunks // 8, arch.sm_count // (heads * (V // tiles.state.width))))
 
 
-def step_tiles(arch: Arch, K: int, V: int, programs: int) -> StepTiles:
-    """Tiles of the step kernels for this many states. One warp a program: sums over K need no barrier."""
-    width = 32 if 4 * programs > 16 * arch.sm_count and K <= 128 else 16 if K <= 128 else 8
-    return StepTiles(min(V, width), 1)
+def step_tiles(arch: Arch, K: int, V: int, states: int, drafts: bool = False) -> StepTiles:
+    """Tiles of the step kernels for so many states. Few warps a program: sums over K then need no barrier."""
+    warps = 1 if K <= 128 else 2
+    if arch.wgmma and K <= 128 and states * (V // 16) >= 16 * arch.sm_count:
+        return StepTiles(32, warps)
+    return StepTiles(8 if drafts else 16, warps)

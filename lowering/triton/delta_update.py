@@ -71,7 +71,7 @@ def gated_delta_rule_verify(
         ValueError: the shapes do not fit.
     """
     B, _, Hv, V = v.shape
-    tiles = step_tiles(card_of(q), k.shape[3], V, B * Hv)
+    tiles = step_tiles(card_of(q), k.shape[3], V, B * Hv, drafts=True)
     return run_verify(
         tiles, q, k, v, g, beta, state_pool, journal, slots, accepted, turn, scale, qk_l2norm, eps, out_dtype
     )  # fmt: skip
@@ -105,8 +105,12 @@ def verify_launch(
         )
     a |= dict(journal=journal, accepted=accepted, stride_acc=accepted.stride(0), turn=turn, stride_turn=turn.stride(0))
     a |= zip(("stride_jp", "stride_half", "stride_jt", "stride_jh", "stride_jd"), journal.stride(), strict=True)
-    a |= dict(DEPTH=journal.shape[2], BLOCK_V=tiles.width)
+    a |= dict(DEPTH=journal.shape[2], DEPTH_PAD=_padded(journal.shape[2]), BLOCK_V=tiles.width)
     return out, a, (V // tiles.width, Hv, B)
+
+
+def _padded(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _operands(
@@ -125,7 +129,8 @@ def _operands(
     out = v.new_empty(v.shape, dtype=out_dtype or v.dtype)
     a: dict[str, Any] = dict(
         q=q, k=k, v=v, g=g, beta=beta, pool=pool, slots=slots, out=out, stride_slot=slots.stride(0),
-        scale=float(scale), eps=float(eps), TOKENS=S, GROUP=Hv // Hk, K=K, V=V, NORM=qk_l2norm != "none",
+        scale=float(scale), eps=float(eps), TOKENS=S, TOKENS_PAD=_padded(S), GROUP=Hv // Hk, K=K, V=V,
+        NORM=qk_l2norm != "none",
         PER_CHANNEL=g.ndim == 4, stride_gd=g.stride(3) if g.ndim == 4 else 0,
     )  # fmt: skip
     a |= zip(_QKV, (*q.stride(), *k.stride(), *v.stride()), strict=True)
