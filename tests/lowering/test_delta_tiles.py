@@ -1,4 +1,4 @@
-"""What the Triton kernels of the delta rule and the convolutions choose: tiles that fit; calls that they decline."""
+"""What the Triton kernels of the delta rule and the convolutions choose: tiles that fit, calls that they decline."""
 
 from __future__ import annotations
 
