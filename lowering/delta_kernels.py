@@ -68,6 +68,8 @@ def chunked_refusal(call: Call, arch: Arch) -> str | None:
     """Why `delta_chunked` cannot take this call on this card, in one sentence, or None."""
     if call.v.dtype not in (torch.float16, torch.bfloat16):
         return f"multiplies in v's dtype, which must be fp16 or bf16, not {_name(call.v.dtype)}"
+    if call.g.ndim == 4 and call.k.shape[3] == 256:
+        return "a decay per channel takes three tiles of keys and queries, which for 256 channels are too large"
     return (
         gpu_refusal(arch)
         or _heads(call)

@@ -2,14 +2,14 @@
 
 The rows of SM12x were chosen by what the compiler says for sm_120a: they fit 99 KiB and spill nothing in loops
 (tests/lowering/test_delta_tiles.py). Those of Hopper were timed on an H200 (benchmarks/delta_kernels.py).
-Those of A100 and B200 are compiled only.
+A100 and B200 get those of SM12x.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...arch import KIB, Arch
+from ...arch import Arch
 
 CHUNK = 64
 
@@ -47,15 +47,14 @@ def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunk
         prepare = Tile(32, 8, 1)
     else:
         prepare = Tile(64, 4, 1, 168 if arch.wgmma else None)
-    if arch.smem_per_block < 160 * KIB:
+    if not arch.wgmma:
         state = Tile(32, 4, 2) if K <= 128 else Tile(16, 8, 2)
         return ChunkTiles(prepare, state, transition=Tile(32, 4, 2))
-    if K > 128:
-        state = Tile(32, 4, 2)
-    else:
-        # Half as many programs read half as much, unless that leaves the card half empty.
-        fills = 4 * heads * (V // 64) >= 3 * arch.sm_count
-        state = Tile(64 if fills or _in_parts(arch, K, V, heads, chunks) else 32, 4, 3)
+    # Never one stage here: unpipelined loops with wgmma gave wrong results on an H200 (Triton 3.6).
+    state = Tile(32, 4, 3 if K <= 128 else 2)
+    # Half as many programs read half as much, unless that leaves the card half empty.
+    if _in_parts(arch, K, V, heads, chunks) or (K <= 128 and 4 * heads * (V // 64) >= 3 * arch.sm_count):
+        state = Tile(64, 4, 2 if per_channel else 3)
     return ChunkTiles(prepare, state, transition=Tile(64, 4, 3))
 
 

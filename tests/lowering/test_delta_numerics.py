@@ -183,6 +183,7 @@ GPU_CASES = [
     for K in (64, 128, 256)
     for V in (64, 128, 256)
     for T, state in ((4097, torch.float32), (65, torch.bfloat16))
+    if K <= 128 or not kda
 ]
 
 
