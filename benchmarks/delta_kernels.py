@@ -114,9 +114,7 @@ def step(B: int, bandwidth: float) -> dict[str, Any]:
     ms: dict[str, dict[str, float]] = {"decode": {}, f"verify {DRAFTS}": {}}
     for name, card in (("ours", of_device(0)), ("ours, SM12x tiles", by_name("rtx5090"))):
         one, many = (step_tiles(card, K, V, B * Hv, drafts) for drafts in (False, True))
-        calls = [
-            partial(run_update, one, *x, pool, slots, SCALE, "rsqrt") for x, pool in zip(sets, pools, strict=True)
-        ]
+        calls = [partial(run_update, one, *x, pool, slots, SCALE, "rsqrt") for x, pool in zip(sets, pools, strict=True)]
         ms["decode"][name] = milliseconds(graph_time(calls))
         calls = [
             partial(run_verify, many, *x, pool, journal, slots, accepted, turn, SCALE, "rsqrt")

@@ -1,10 +1,10 @@
 """`sm12x::gated_delta_rule`, `sm12x::causal_conv1d` and their steps → Triton kernels.
 
-    triton.delta_chunked   three kernels over chunks of 64 tokens; long sequences of few heads in parallel parts
-    triton.delta_update    one or a few tokens, states in place
-    triton.delta_verify    drafts, any of which may be rejected later
-    triton.conv            whole sequences
-    triton.conv_update     one or a few tokens, states in place
+triton.delta_chunked   three kernels over chunks of 64 tokens; long sequences of few heads in parallel parts
+triton.delta_update    one or a few tokens, states in place
+triton.delta_verify    drafts, any of which may be rejected later
+triton.conv            whole sequences
+triton.conv_update     one or a few tokens, states in place
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def conv_launch(
     channels_last = x.stride(1) == 1
     a = _operands(x, w, bias, activation, y) | dict(
         state=initial_state, final=final, T=T, LENGTH=length, FINAL=final.shape[2],
-        BLOCK_C=64 if channels_last else 4, BLOCK_T=16 if channels_last else 256,
+        BLOCK_C=32 if channels_last else 4, BLOCK_T=64 if channels_last else 256,
     )  # fmt: skip
     start = (None,) * 3 if initial_state is None else initial_state.stride()
     a |= zip(("stride_sb", "stride_sc", "stride_sl"), start, strict=True)

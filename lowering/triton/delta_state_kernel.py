@@ -139,7 +139,7 @@ def state_kernel(
         S += tl.load(from_state + cols[:, None] * stride_sk + out_cols[None, :] * stride_sv).to(tl.float32)
     if transition is not None:
         maps = transition + (tl.cast(segment - part, tl.int64) * HEADS + h) * K * (V + K)
-        for i in tl.range(0, part, num_stages=1):
+        for i in tl.range(0, part, num_stages=1):  # two maps at once would not fit
             own = maps + tl.cast(i, tl.int64) * HEADS * K * (V + K)
             matrix = _tile(own + V, cols, cols, V + K)
             S = tl.dot(matrix, S, _tile(own, cols, out_cols, V + K), input_precision=PRECISION)

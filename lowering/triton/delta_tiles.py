@@ -50,7 +50,8 @@ def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunk
     if not arch.wgmma:
         state = Tile(32, 4, 2) if K <= 128 else Tile(16, 8, 2)
         return ChunkTiles(prepare, state, transition=Tile(32, 4, 2))
-    # Never one stage here: unpipelined loops with wgmma gave wrong results on an H200 (Triton 3.6).
+    # Never one stage here: with unpipelined loads, wgmma reads shared memory that is not its own (Triton 3.6 and 3.7,
+    # triton-lang/triton#11366; seen on an H200 as wrong results and illegal accesses).
     state = Tile(32, 4, 3 if K <= 128 else 2)
     # Half as many programs read half as much, unless that leaves the card half empty.
     if _in_parts(arch, K, V, heads, chunks) or (K <= 128 and 4 * heads * (V // 64) >= 3 * arch.sm_count):
@@ -71,8 +72,13 @@ def parts(arch: Arch, tiles: ChunkTiles, K: int, V: int, heads: int, chunks: int
 
 
 def step_tiles(arch: Arch, K: int, V: int, states: int, drafts: bool = False) -> StepTiles:
-    """Tiles of the step kernels for so many states. Few warps a program: sums over K then need no barrier."""
+    """Tiles of the step kernels for so many states. Few warps a program: sums over K then need no barrier.
+
+    Few states are spread over more programs, many are read in longer rows. `drafts`: of the verifying kernel, which
+    keeps four tokens and their journal in registers as well.
+    """
     warps = 1 if K <= 128 else 2
-    if arch.wgmma and K <= 128 and states * (V // 16) >= 16 * arch.sm_count:
+    many = states * (V // 16) >= 16 * arch.sm_count
+    if many and arch.wgmma and K <= 128:
         return StepTiles(32, warps)
-    return StepTiles(8 if drafts else 16, warps)
+    return StepTiles(8 if drafts and not (many and K <= 128) else 16, warps)
