@@ -28,13 +28,18 @@ def triton_missing() -> str | None:
     return None
 
 
+def gpu_refusal(arch: Arch) -> str | None:
+    """Why our Triton kernels cannot run here, or None."""
+    if arch.family not in _FAMILIES:
+        return triton_missing() or f"needs a CUDA GPU of compute capability 8.0 or later, not {arch.name}"
+    return triton_missing()
+
+
 def refusal(call: Call, arch: Arch) -> str | None:
     """Why our Triton attention kernels cannot take a call of `sm12x::attention`, in one sentence, or None."""
-    missing = triton_missing()
+    missing = gpu_refusal(arch)
     if missing:
         return missing
-    if arch.family not in _FAMILIES:
-        return f"needs a CUDA GPU of compute capability 8.0 or later, not {arch.name}"
     q, k, v = call.q, call.k, call.v
     if q.dtype not in DTYPES:
         return f"computes in fp16, bf16 or fp32, not {_name(q.dtype)}"

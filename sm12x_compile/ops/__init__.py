@@ -3,7 +3,7 @@
 from ._define import OPS, Cost, SemanticOp, define_custom_op, semantic_op
 from .attention import attention
 from .causal_conv1d import causal_conv1d, causal_conv1d_update
-from .gated_delta_rule import gated_delta_rule, gated_delta_rule_update
+from .gated_delta_rule import gated_delta_rule, gated_delta_rule_update, gated_delta_rule_verify
 from .mla import mla
 from .moe import moe, moe_route
 from .mxfp4 import mxfp4_linear
@@ -18,6 +18,7 @@ __all__ = [
     "define_custom_op",
     "gated_delta_rule",
     "gated_delta_rule_update",
+    "gated_delta_rule_verify",
     "mla",
     "moe",
     "moe_route",

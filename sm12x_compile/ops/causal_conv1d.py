@@ -29,7 +29,7 @@ def _convolve(context: Tensor, x: Tensor, w: Tensor, bias: Tensor | None, activa
     inputs = torch.cat([context.to(wide), x.to(wide)], dim=-1)
     inputs = inputs[..., context.shape[-1] - (W - 1) :]
     y = F.conv1d(inputs, w.to(wide)[:, None], None if bias is None else bias.to(wide), groups=C)
-    return (F.silu(y) if activation == "silu" else y).to(x.dtype).contiguous()
+    return torch.empty_like(x).copy_(F.silu(y) if activation == "silu" else y)
 
 
 def _check(op: str, x: Tensor, w: Tensor, state: Tensor | None, activation: str) -> None:
@@ -52,7 +52,7 @@ def causal_conv1d_fake(
     length: Any = w.shape[1] - 1 if initial_state is None else initial_state.shape[2]
     like = x if initial_state is None else initial_state
     final = like.new_empty((x.shape[0], x.shape[1], length if state_len is None else state_len))
-    return x.new_empty(x.shape), final
+    return torch.empty_like(x), final
 
 
 def causal_conv1d_cost(a: dict[str, Any]) -> Cost:
@@ -83,8 +83,9 @@ def causal_conv1d(
         state_len: length of the final state; default that of ``initial_state``, else ``W - 1``.
 
     Returns:
-        y ``[B, C, T]`` in x's dtype, and the final state ``[B, C, state_len]``: the last inputs of
-        ``[initial_state, x]``, zeros in front where there are fewer, in ``initial_state``'s dtype, else x's.
+        y ``[B, C, T]`` in x's dtype and order of strides (channels last stay last), and the final state
+        ``[B, C, state_len]``: the last inputs of ``[initial_state, x]``, zeros in front where there are fewer, in
+        ``initial_state``'s dtype, else x's.
 
     Raises:
         ValueError: the shapes or ``activation`` are not as above.
@@ -110,7 +111,7 @@ def causal_conv1d_update_fake(
     bias: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
-    return x.new_empty(x.shape)
+    return torch.empty_like(x)
 
 
 def causal_conv1d_update_cost(a: dict[str, Any]) -> Cost:
@@ -143,7 +144,7 @@ def causal_conv1d_update(
         activation: ``none`` or ``silu``.
 
     Returns:
-        y ``[B, C, S]`` in x's dtype.
+        y ``[B, C, S]`` in x's dtype and order of strides.
 
     Raises:
         ValueError: the shapes or ``activation`` are not as above.
@@ -154,4 +155,4 @@ def causal_conv1d_update(
     state = read_slots(state_pool, slots)
     y = _convolve(state, x, w, bias, activation)
     write_slots(state_pool, slots, torch.cat([state, x.to(state_pool.dtype)], dim=-1)[..., x.shape[2] :])
-    return y.masked_fill((slots < 0)[:, None, None], 0.0)
+    return y.masked_fill_((slots < 0)[:, None, None], 0.0)

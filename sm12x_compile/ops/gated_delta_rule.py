@@ -1,4 +1,4 @@
-"""`sm12x::gated_delta_rule` and `sm12x::gated_delta_rule_update`: linear attention with an erasing memory.
+"""`sm12x::gated_delta_rule` and its steps, `.._update` and `.._verify`: linear attention with an erasing memory.
 
 For every batch b and value head h (it reads key head ``h div (Hv div Hk)``), token by token, with the state
 S ``[K, V]``::
@@ -67,12 +67,20 @@ def _unit_length(x: Tensor, mode: str, eps: float) -> Tensor:
     return x * torch.rsqrt(squares) if mode == "rsqrt" else x / torch.sqrt(squares)
 
 
-def _token(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of the recurrence: the new state and o ``[B,Hv,V]``."""
+def _token(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of the recurrence: the new state, u and o ``[B,Hv,V]``."""
     S = S * torch.exp(g).to(S.dtype)[..., None]
     u = beta * (v - torch.einsum("bhkv,bhk->bhv", S, k))
     S = S + k[..., :, None] * u[..., None, :]
-    return S, torch.einsum("bhkv,bhk->bhv", S, q)
+    return S, u, torch.einsum("bhkv,bhk->bhv", S, q)
+
+
+def _check_pool(op: str, state_pool: Tensor, slots: Tensor, B: int, shape: tuple[int, ...]) -> None:
+    if state_pool.shape[1:] != shape or slots.shape != (B,):
+        raise ValueError(
+            f"sm12x::{op}: state_pool {tuple(state_pool.shape)} and slots {tuple(slots.shape)}, "
+            f"not {('P', *shape)} and {(B,)}"
+        )
 
 
 def _chunk(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,9 +104,7 @@ def _chunk(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) 
             return (a @ k.mT) * gap[..., 0]
         return torch.einsum("bhijk,bhjk->bhij", a[..., :, None, :] * gap, k)
 
-    u = torch.linalg.solve_triangular(
-        beta * products(k), beta * (v - (decay * k) @ S), upper=False, unitriangular=True
-    )
+    u = torch.linalg.solve_triangular(beta * products(k), beta * (v - (decay * k) @ S), upper=False, unitriangular=True)
     o = (decay * q) @ S + products(q) @ u
     return decay[..., -1, :, None] * S + (rest * k).mT @ u, o
 
@@ -200,29 +206,22 @@ def gated_delta_rule_update_fake(
     scale: float,
     qk_l2norm: str = "none",
     eps: float = 1e-6,
-    checkpoints: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     return v.new_empty(v.shape, dtype=out_dtype or v.dtype)
 
 
 def gated_delta_rule_update_cost(a: dict[str, Any]) -> Cost:
-    q, v, g, state_pool, checkpoints = a["q"], a["v"], a["g"], a["state_pool"], a["checkpoints"]
+    q, v, g, state_pool = a["q"], a["v"], a["g"], a["state_pool"]
     B, S, Hv, V = v.shape
     K = q.shape[3]
     states = 2 * B * Hv * K * V * state_pool.element_size()
-    if checkpoints is not None:
-        states += checkpoints.numel() * checkpoints.element_size()
     tokens = 2 * q.numel() + 2 * v.numel() + a["beta"].numel()
     moved = tokens * v.element_size() + g.numel() * g.element_size() + states
     return Cost(bytes=moved, flops=6.0 * B * S * Hv * K * V)
 
 
-@semantic_op(
-    fake=gated_delta_rule_update_fake,
-    cost=gated_delta_rule_update_cost,
-    mutates=("state_pool", "checkpoints"),
-)
+@semantic_op(fake=gated_delta_rule_update_fake, cost=gated_delta_rule_update_cost, mutates=("state_pool",))
 def gated_delta_rule_update(
     q: Tensor,
     k: Tensor,
@@ -234,7 +233,6 @@ def gated_delta_rule_update(
     scale: float,
     qk_l2norm: str = "none",
     eps: float = 1e-6,
-    checkpoints: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """One or a few tokens against a pool of states, which is updated in place; eager reference.
@@ -250,8 +248,6 @@ def gated_delta_rule_update(
             are skipped: their output is zero, no state changes.
         scale: multiplies q, after the norm.
         qk_l2norm, eps: as in `sm12x::gated_delta_rule`.
-        checkpoints: ``[B, S, Hv, K, V]``: receives the state behind every token, so that rejected drafts can
-            be rolled back. **Mutated** (not in skipped rows).
         out_dtype: dtype of o; default that of ``v``.
 
     Returns:
@@ -262,23 +258,117 @@ def gated_delta_rule_update(
     """
     q, k, v_wide, g, beta = _prepare("gated_delta_rule_update", q, k, v, g, beta, scale, qk_l2norm, eps)
     B, Hv, S, V = v_wide.shape
-    shape = (Hv, q.shape[3], V)
-    if state_pool.shape[1:] != shape or slots.shape != (B,):
-        raise ValueError(
-            f"sm12x::gated_delta_rule_update: state_pool {tuple(state_pool.shape)} and slots "
-            f"{tuple(slots.shape)}, not {('P', *shape)} and {(B,)}"
-        )
-    if checkpoints is not None and checkpoints.shape != (B, S, *shape):
-        raise ValueError(
-            f"sm12x::gated_delta_rule_update: checkpoints {tuple(checkpoints.shape)}, not {(B, S, *shape)}"
-        )
-    skipped = (slots < 0)[:, None, None, None]
+    _check_pool("gated_delta_rule_update", state_pool, slots, B, (Hv, q.shape[3], V))
     state = read_slots(state_pool, slots).to(q.dtype)
     out = torch.zeros_like(v_wide, memory_format=torch.contiguous_format)
     for s in range(S):
-        state, out[:, :, s] = _token(state, *(x[:, :, s] for x in (q, k, v_wide, g, beta)))
-        if checkpoints is not None:
-            kept = checkpoints[:, s]
-            kept.copy_(torch.where(skipped, kept, state.to(kept.dtype)))
+        state, _, out[:, :, s] = _token(state, *(x[:, :, s] for x in (q, k, v_wide, g, beta)))
     write_slots(state_pool, slots, state)
-    return out.masked_fill(skipped, 0.0).transpose(1, 2).to(out_dtype or v.dtype).contiguous()
+    return _output(out, slots, out_dtype or v.dtype)
+
+
+def _output(out: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B,Hv,S,V]`` as ``[B,S,Hv,V]``, zero in the rows that are skipped."""
+    return out.masked_fill((slots < 0)[:, None, None, None], 0.0).transpose(1, 2).to(dtype).contiguous()
+
+
+def gated_delta_rule_verify_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state_pool: Tensor,
+    journal: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    turn: Tensor,
+    scale: float,
+    qk_l2norm: str = "none",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return v.new_empty(v.shape, dtype=out_dtype or v.dtype)
+
+
+def gated_delta_rule_verify_cost(a: dict[str, Any]) -> Cost:
+    step = gated_delta_rule_update_cost(a)
+    B, S, Hv, _ = a["v"].shape
+    journal = 2 * B * S * Hv * a["journal"].shape[4] * a["journal"].element_size()
+    return Cost(bytes=step.bytes + journal, flops=step.flops * 4 / 3)
+
+
+@semantic_op(fake=gated_delta_rule_verify_fake, cost=gated_delta_rule_verify_cost, mutates=("state_pool", "journal"))
+def gated_delta_rule_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state_pool: Tensor,
+    journal: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    turn: Tensor,
+    scale: float,
+    qk_l2norm: str = "none",
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draft tokens, any of which may be rejected later (speculative decoding); eager reference.
+
+    A rejected draft must leave no trace in the state. Keeping the state behind every draft would write it S times;
+    instead the drafts themselves are kept in a journal, and the *next* call commits those that were accepted:
+
+    1. the first ``accepted[b]`` tokens of the slot's last drafts are applied to its state (``S = diag(exp(g)) S +
+       k u^T``, with the u that they had), and the state is written back: the state before this call's drafts;
+    2. o of the drafts is computed from there; the drafts go to the journal, and the state keeps out of it.
+
+    So a step reads and writes the state once, as a step of one token does. The journal has two halves, so that one is
+    read while the other is written. Behind a prefill, ``accepted`` is 0 and ``turn`` is either.
+
+    Args:
+        q, k, v, g, beta: the drafts, as in `sm12x::gated_delta_rule_update`.
+        state_pool: ``[P, Hv, K, V]``, floating point. **Mutated**; computed in fp32, rounded to the pool's dtype when
+            it is written (the drafts see it unrounded).
+        journal: fp32 (fp64 for fp64 inputs) ``[P, 2, D, Hv, K + V + G]`` with ``D >= S``; G is 1 for GDN, K for KDA:
+            each token's k (normalised), u and g. **Mutated**: tokens 0 to S - 1 of the other half of the slots in use.
+        slots: int64 ``[B]``, as in `sm12x::gated_delta_rule_update`.
+        accepted: int64 ``[B]``: how many of the drafts of the slot's last call were accepted, at most D.
+        turn: int64 ``[B]``, 0 or 1: the half that holds the slot's last drafts. The next call's is ``1 - turn``.
+        scale, qk_l2norm, eps, out_dtype: as in `sm12x::gated_delta_rule`.
+
+    Returns:
+        o ``[B, S, Hv, V]``.
+
+    Raises:
+        ValueError: the shapes or ``qk_l2norm`` are not as above.
+    """
+    G = 1 if g.ndim == 3 else k.shape[3]
+    q, k, v_wide, g, beta = _prepare("gated_delta_rule_verify", q, k, v, g, beta, scale, qk_l2norm, eps)
+    B, Hv, S, V = v_wide.shape
+    K = q.shape[3]
+    _check_pool("gated_delta_rule_verify", state_pool, slots, B, (Hv, K, V))
+    if journal.ndim != 5 or journal.shape[2] < S or journal.shape[:2] != (state_pool.shape[0], 2):
+        raise ValueError(f"sm12x::gated_delta_rule_verify: journal {tuple(journal.shape)} for {S} drafts")
+    if journal.shape[3:] != (Hv, K + V + G) or accepted.shape != (B,) or turn.shape != (B,):
+        raise ValueError(
+            f"sm12x::gated_delta_rule_verify: journal {tuple(journal.shape)}, accepted {tuple(accepted.shape)} and "
+            f"turn {tuple(turn.shape)}, not {('P', 2, 'D', Hv, K + V + G)}, {(B,)} and {(B,)}"
+        )
+    state = read_slots(state_pool, slots).to(q.dtype)
+    entries = read_slots(journal, slots)
+    rows = torch.arange(B, device=turn.device)
+    last = entries[rows, turn].to(q.dtype)
+    for s in range(last.shape[1]):
+        k_then, u_then, g_then = last[:, s].split([K, V, G], dim=-1)
+        grown = state * torch.exp(g_then)[..., None] + k_then[..., :, None] * u_then[..., None, :]
+        state = torch.where((s < accepted)[:, None, None, None], grown, state)
+    write_slots(state_pool, slots, state)
+    out = torch.zeros_like(v_wide, memory_format=torch.contiguous_format)
+    for s in range(S):
+        k_s, g_s = k[:, :, s], g[:, :, s]
+        state, u, out[:, :, s] = _token(state, q[:, :, s], k_s, v_wide[:, :, s], g_s, beta[:, :, s])
+        entries[rows, 1 - turn, s] = torch.cat([k_s, u, g_s], dim=-1).to(entries.dtype)
+    write_slots(journal, slots, entries)
+    return _output(out, slots, out_dtype or v.dtype)

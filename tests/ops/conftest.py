@@ -19,8 +19,8 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def _dense(x: Tensor) -> bool:
-    """Contiguous, or with the heads of ``[B, H, S, D]`` stored behind the positions."""
-    return x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous())
+    """Contiguous, or with dimensions 1 and 2 in the other order (heads, positions; channels, positions)."""
+    return x.is_contiguous() or (x.dim() >= 3 and x.transpose(1, 2).is_contiguous())
 
 
 def _check(op: SemanticOp, *args: Any, **kwargs: Any) -> None:

@@ -170,3 +170,14 @@ def test_cost() -> None:
     pool = torch.empty(99, 64, 4, dtype=torch.bfloat16)
     step = causal_conv1d_update.cost({"x": x[..., :1], "w": w, "state_pool": pool})
     assert (step.bytes, step.flops) == (2 * (2 * 2 * 64 + 2 * 2 * 64 * 3 + 64 * 4), 2 * 2 * 64 * 4)
+
+
+def test_channels_last_stay_last() -> None:
+    x, w = randn(2, 5, 3).transpose(1, 2), randn(3, 4, seed=1)
+    y, _ = causal_conv1d.overload(x, w)
+    step = causal_conv1d_update.overload(x, w, randn(2, 3, 3), torch.tensor([1, -1]))
+    assert y.stride() == step.stride() == x.stride()
+    torch.testing.assert_close(y, causal_conv1d.overload(x.contiguous(), w)[0])
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = causal_conv1d.overload(mode.from_tensor(x), mode.from_tensor(w))[0]
+    assert fake.stride() == y.stride()

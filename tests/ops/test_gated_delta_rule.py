@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sm12x_compile.ops import gated_delta_rule, gated_delta_rule_update
+from sm12x_compile.ops import gated_delta_rule, gated_delta_rule_update, gated_delta_rule_verify
 
 MODULE = sys.modules["sm12x_compile.ops.gated_delta_rule"]  # the package shows the op under this name
 
@@ -111,9 +111,7 @@ def test_a_token_behind_a_strong_decay_keeps_its_digits(kda: bool) -> None:
     got = gated_delta_rule.reference(q, k, v, g, beta, 1.0)
     assert_matches(got, oracle((q, k, v, g, beta), 1.0)[:2], 1e-5)
     g[:, 5] = -math.inf  # forgets everything
-    assert_matches(
-        gated_delta_rule.reference(q, k, v, g, beta, 1.0), oracle((q, k, v, g, beta), 1.0)[:2], 1e-5
-    )
+    assert_matches(gated_delta_rule.reference(q, k, v, g, beta, 1.0), oracle((q, k, v, g, beta), 1.0)[:2], 1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
@@ -137,9 +135,7 @@ def test_qk_norm_comes_before_the_scale(mode: str) -> None:
     want = oracle((*unit, v, g, beta), 0.5)[:2]
     assert_matches(gated_delta_rule.reference(q, k, v, g, beta, 0.5, qk_l2norm=mode, eps=0.1), want)
     pool = torch.zeros(2, 2, 4, 3, dtype=torch.float64)
-    o = gated_delta_rule_update.reference(
-        q, k, v, g, beta, pool, torch.arange(2), 0.5, qk_l2norm=mode, eps=0.1
-    )
+    o = gated_delta_rule_update.reference(q, k, v, g, beta, pool, torch.arange(2), 0.5, qk_l2norm=mode, eps=0.1)
     assert_matches((o, pool), want)
 
 
@@ -199,13 +195,12 @@ def test_against_hugging_face_kda(T: int) -> None:
 def test_update_walks_the_pool(S: int, kda: bool) -> None:
     ops = operands(B=3, T=S, kda=kda)
     pool = torch.randn(6, 2, 4, 3, dtype=torch.float64)
-    kept = torch.full((3, S, 2, 4, 3), 7.0, dtype=torch.float64)
     before, slots = pool.clone(), torch.tensor([4, -1, 0])
-    o = gated_delta_rule_update.overload(*ops, pool, slots, 0.5, checkpoints=kept)
+    o = gated_delta_rule_update.overload(*ops, pool, slots, 0.5)
     for row, slot in ((0, 4), (2, 0)):
         want = oracle((x[row : row + 1] for x in ops), 0.5, before[slot : slot + 1])
-        assert_matches((o[row : row + 1], pool[slot : slot + 1], kept[row : row + 1]), want)
-    assert not o[1].any() and (kept[1] == 7).all()
+        assert_matches((o[row : row + 1], pool[slot : slot + 1]), want)
+    assert not o[1].any()
     for slot in (1, 2, 3, 5):
         assert torch.equal(pool[slot], before[slot])
 
@@ -216,6 +211,37 @@ def test_update_skips_every_row() -> None:
     before = pool.clone()
     o = gated_delta_rule_update.overload(*ops, pool, torch.tensor([-1, -1]), 0.5)
     assert torch.equal(pool, before) and torch.equal(o, torch.zeros_like(o))
+
+
+@pytest.mark.parametrize("kda", [False, True], ids=["gdn", "kda"])
+@pytest.mark.parametrize("norm", ["none", "rsqrt"])
+def test_rejected_drafts_leave_no_trace(kda: bool, norm: str) -> None:
+    """Each round drafts more tokens than are accepted: as if only the accepted ones had ever been there."""
+    ops = operands(B=3, T=9, kda=kda, decay=0.5)
+    if norm == "rsqrt":
+        unit = [x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in ops[:2]]
+    exact = (*(unit if norm == "rsqrt" else ops[:2]), *ops[2:])
+    pool = torch.randn(5, 2, 4, 3, dtype=torch.float64)
+    start, slots = pool.clone(), torch.tensor([4, -1, 0])
+    # Only what was accepted may be read.
+    journal = torch.full((5, 2, 4, 2, 4 + 3 + (4 if kda else 1)), math.nan, dtype=torch.float64)
+    want_o, _, states = oracle(exact, 0.5, start[[4, 1, 0]])
+    at, accepted, turn = torch.zeros(3, 3, dtype=torch.int64)
+    turn[2] = 1
+    generator = torch.Generator().manual_seed(3)
+    for drafts in (4, 3, 1, 4):
+        rows = at[:, None] + torch.arange(drafts)
+        inputs = (x[torch.arange(3)[:, None], rows] for x in ops)
+        o = gated_delta_rule_verify.overload(*inputs, pool, journal, slots, accepted, turn, 0.5, qk_l2norm=norm)
+        for row in (0, 2):
+            torch.testing.assert_close(o[row], want_o[row, rows[row]])
+            before = start[slots[row]] if at[row] == 0 else states[row, at[row] - 1]
+            torch.testing.assert_close(pool[slots[row]], before)
+        assert not o[1].any()
+        accepted = torch.randint(1, min(drafts, 2) + 1, (3,), generator=generator)
+        at, turn = at + accepted, 1 - turn
+    for slot in (1, 2, 3):
+        assert torch.equal(pool[slot], start[slot]) and journal[slot].isnan().all()
 
 
 def test_decode_continues_prefill() -> None:
@@ -241,8 +267,9 @@ def test_a_low_precision_pool_is_rounded_once() -> None:
 
 def test_bad_operands() -> None:
     q, k, v, g, beta = operands()
-    pool, slots = torch.zeros(2, 2, 4, 3), torch.arange(2)
+    pool, slots, journal = torch.zeros(2, 2, 4, 3), torch.arange(2), torch.zeros(2, 2, 5, 2, 8)
     forward, update = gated_delta_rule.overload, gated_delta_rule_update.overload
+    verify = gated_delta_rule_verify.overload
     for bad, message in (
         (lambda: forward(q, k, v, g, beta, 1.0, qk_l2norm="l2"), "qk_l2norm='l2', not one of"),
         (lambda: forward(q[:, 1:], k, v, g, beta, 1.0), "do not fit"),
@@ -252,7 +279,10 @@ def test_bad_operands() -> None:
         (lambda: forward(q, k, v, g, beta, 1.0, cu_seqlens=torch.tensor([0, 5])), "batch of 1"),
         (lambda: update(q, k, v, g, beta, pool[:, :, :3], slots, 1.0), "state_pool"),
         (lambda: update(q, k, v, g, beta, pool, slots[:1], 1.0), "slots"),
-        (lambda: update(q, k, v, g, beta, pool, slots, 1.0, checkpoints=pool[:, None]), "checkpoints"),
+        (lambda: verify(q, k, v, g, beta, pool, journal[:, :, :4], slots, slots, slots, 1.0), "5 drafts"),
+        (lambda: verify(q, k, v, g, beta, pool, journal[..., 1:], slots, slots, slots, 1.0), "journal"),
+        (lambda: verify(q, k, v, g, beta, pool, journal, slots, slots[:1], slots, 1.0), "accepted"),
+        (lambda: verify(q, k, v, g, beta, pool[..., :2], journal, slots, slots, slots, 1.0), "state_pool"),
         (lambda: update(q, k, v, g, beta, pool, slots, 1.0, qk_l2norm=""), "qk_l2norm=''"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -267,10 +297,11 @@ def test_schema_and_fake(check_op: Any) -> None:
     check_op(gated_delta_rule, *packed, 0.5, cu_seqlens=torch.tensor([0, 2, 5, 9]), out_dtype=torch.float32)
     check_op(gated_delta_rule_update, *ops, torch.zeros(4, 2, 4, 3), torch.tensor([3, -1]), 0.5)
     check_op(
-        gated_delta_rule_update, *ops, torch.zeros(4, 2, 4, 3), torch.tensor([3, -1]), 0.5,
-        checkpoints=torch.zeros(2, 5, 2, 4, 3), out_dtype=torch.float32,
+        gated_delta_rule_verify, *ops, torch.zeros(4, 2, 4, 3), torch.zeros(4, 2, 6, 2, 8), torch.tensor([3, -1]),
+        torch.tensor([2, 0]), torch.tensor([1, 0]), 0.5, out_dtype=torch.float32,
     )  # fmt: skip
-    assert gated_delta_rule_update.mutates == ("state_pool", "checkpoints")
+    assert gated_delta_rule_update.mutates == ("state_pool",)
+    assert gated_delta_rule_verify.mutates == ("state_pool", "journal")
 
 
 def test_cost() -> None:
@@ -280,5 +311,8 @@ def test_cost() -> None:
     cost = gated_delta_rule.cost(call)
     tokens = 2 * (2 * 10 * 2 * 64 + 2 * 10 * 4 * 32 + 10 * 4) + 4 * 10 * 4
     assert (cost.bytes, cost.flops) == (tokens + 4 * 4 * 64 * 32, 6 * 10 * 4 * 64 * 32)
-    step = gated_delta_rule_update.cost(call | dict(state_pool=torch.zeros(9, 4, 64, 32), checkpoints=None))
+    step = gated_delta_rule_update.cost(call | dict(state_pool=torch.zeros(9, 4, 64, 32)))
     assert step.bytes == tokens + 2 * 4 * 4 * 64 * 32
+    assert gated_delta_rule_verify.cost is not None
+    drafts = call | dict(state_pool=torch.zeros(9, 4, 64, 32), journal=torch.zeros(9, 2, 12, 4, 97))
+    assert gated_delta_rule_verify.cost(drafts).bytes == step.bytes + 2 * 10 * 4 * 97 * 4
