@@ -3,6 +3,7 @@
 from . import lowering, patterns  # noqa: F401  (registers the built-in patterns and kernels)
 from .arch import Arch
 from .backend import sm12x
+from .capture.install import install as _install_capture
 from .collect import collect
 from .explain import assert_rewritten, explain
 from .index_algebra import Element, Index, Var
@@ -13,6 +14,8 @@ from .report import Floor, Report, Site
 from .uninstall import uninstall
 
 __version__ = "0.1.0"
+
+_install_capture()
 
 __all__ = [
     "YES",

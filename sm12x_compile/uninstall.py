@@ -6,15 +6,18 @@ from importlib.metadata import entry_points
 
 import torch._dynamo
 
+from .capture import install as capture
+
 
 def uninstall() -> None:
-    """Forget compiled code and the backend's name, until it is looked up again.
+    """Forget compiled code, captured functions and the backend's name, until it is used again.
 
     Models compiled with the backend run in eager or compile anew; other backends are not touched.
     """
     from torch._dynamo.backends import registry
 
     torch._dynamo.reset()
+    capture.uninstall()
     names = getattr(registry, "_BACKENDS", {})
     for table in (names, getattr(registry, "_COMPILER_FNS", {})):
         table.pop("sm12x", None)
