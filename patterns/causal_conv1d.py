@@ -52,13 +52,15 @@ class Window:
     """A convolution as it was read.
 
     Attributes:
-        node: what computes it; `out` names the variable of each of its dimensions (None: of size 1).
+        node: the last node that belongs to it; `out` names the variable of each of its dimensions (None: of size 1).
+        activation: ``none`` or ``silu``.
         history: an element of X at (b, c, n); `n` stands for the position.
         weight: an element of w at (c, i).
         n0: position in X of the newest input that the first output reads.
     """
 
     node: Node
+    activation: str
     out: tuple[Var | None, ...]
     history: Element
     weight: Element
@@ -88,13 +90,12 @@ def causal_conv1d(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
         return None
     if not window.node.meta["val"].dtype.is_floating_point:
         return None
-    node, activation = _activated(window.node)
-    tags: dict[str, Any] = {"window": window.width, "activation": activation}
+    tags: dict[str, Any] = {"window": window.width, "activation": window.activation}
     if window.bias is not None:
         tags["bias"] = True
     try:
-        with graph.graph.inserting_before(node):
-            return _emit(graph, window, node, activation, tags)
+        with graph.graph.inserting_before(window.node):
+            return _emit(graph, window, tags)
     except CannotArrange as reason:
         return Refusal(f"no view expresses an operand: {reason}", window.node, tags)
 
@@ -114,23 +115,24 @@ def _of_conv1d(anchor: Node) -> Window | Refusal | None:
         return None
     if list(stride) != [1] or list(dilation) != [1]:
         return Refusal("the depthwise convolution has a stride or a dilation", anchor)
-    node = _cut(anchor)
+    inner = _cut(anchor)
+    last, activation = _activated(inner)
+    node = _cut(last)
     out = shape_of(node)
     b, c, t = Var("b", out[0]), Var("c", out[1]), Var("t", out[2])
     i, n = Var("i", width), Var("n", shape_of(x)[2])
-    kept = look(Element(node, (Index.of(b), Index.of(c), Index.of(t))), lambda e: e.node is anchor)
+    kept = look(Element(node, (Index.of(b), Index.of(c), Index.of(t))), lambda e: e.node is last)
+    kept = look(Element(inner, kept.index), lambda e: e.node is anchor)
     if kept.node is not anchor or kept.index[:2] != (Index.of(b), Index.of(c)) or set(kept.index[2].terms) != {t}:
         return Refusal("the result of the depthwise convolution is not cut out as one stretch", anchor)
     n0 = add(kept.index[2].const, add(add(width, -1), -int(padding[0])))
-    first, last = known_nonnegative(n0), known_nonnegative(
-        add(shape_of(x)[2], mul(add(n0, t.extent), -1))
-    )
-    if not first or not last:
+    behind = add(shape_of(x)[2], mul(add(n0, t.extent), -1))
+    if not known_nonnegative(n0) or not known_nonnegative(behind):
         return Refusal("the depthwise convolution reads inputs after its own position", anchor)
     history = Element(x, (Index.of(b), Index.of(c), Index.of(n)))
     weight = Element(w, (Index.of(c), Index(), Index.of(i)))
     offset = Element(bias, (Index.of(c),)) if bias is not None else None
-    return Window(node, (b, c, t), history, weight, offset, b, c, t, i, n, n0)
+    return Window(node, activation, (b, c, t), history, weight, offset, b, c, t, i, n, n0)
 
 
 def _cut(node: Node) -> Node:
@@ -162,9 +164,7 @@ def _of_sum(anchor: Node) -> Window | None:
     return None
 
 
-def _of_product(
-    anchor: Node, variables: tuple[Var | None, ...], i: Var, x: Expr, w: Expr
-) -> Window | None:
+def _of_product(anchor: Node, variables: tuple[Var | None, ...], i: Var, x: Expr, w: Expr) -> Window | None:
     if not isinstance(x, Element) or not isinstance(w, Element):
         return None
     x, w = look(x), look(w)
@@ -190,7 +190,8 @@ def _of_product(
     n = Var("n", shape_of(x.node)[places[0]])
     history = Element(x.node, tuple(Index.of(n) if k == places[0] else ix for k, ix in enumerate(x.index)))
     n0 = add(where.const, add(i.extent, -1))
-    return Window(anchor, variables, history, w, None, b, c, t, i, n, n0)
+    node, activation = _activated(anchor)
+    return Window(node, activation, variables, history, w, None, b, c, t, i, n, n0)
 
 
 def _activated(node: Node) -> tuple[Node, str]:
@@ -204,10 +205,8 @@ def _activated(node: Node) -> tuple[Node, str]:
 # ---------------------------------------------------------------- writing
 
 
-def _emit(
-    graph: GraphView, window: Window, node: Node, activation: str, tags: dict[str, Any]
-) -> Rewrite | Refusal:
-    b, c, t, width = window.b, window.c, window.t, window.width
+def _emit(graph: GraphView, window: Window, tags: dict[str, Any]) -> Rewrite | Refusal:
+    node, b, c, t, width = window.node, window.b, window.c, window.t, window.width
     assert isinstance(width, int)
     newest = source(window.at(Index.of(t) + window.n0))
     x = graph.arrange(newest, [(b,), (c,), (t,)])
@@ -215,14 +214,14 @@ def _emit(
     extra: dict[str, Any] = {}
     if window.bias is not None:
         extra["bias"] = graph.arrange(source(window.bias), [(c,)])
-    if activation != "none":
-        extra["activation"] = activation
+    if window.activation != "none":
+        extra["activation"] = window.activation
     if x.meta["val"].dtype != node.meta["val"].dtype:
         return Refusal("the convolution's result has another dtype than its input", node, tags)
     past = _past(window, width)
     if isinstance(past, Refusal):
         return past
-    pool = _pool(window, past, newest, node) if past is not None else None
+    pool = _pool(window, past, newest) if past is not None else None
     if pool is not None:
         slots = every_row(graph, pool[0])
         call = graph.call(torch.ops.sm12x.causal_conv1d_update.default, x, w, pool[0], slots, **extra)
@@ -255,7 +254,7 @@ def _past(window: Window, width: int) -> Element | Refusal | None:
     return source(element)
 
 
-def _pool(window: Window, past: Element, newest: Element, node: Node) -> tuple[Node, Node] | None:
+def _pool(window: Window, past: Element, newest: Element) -> tuple[Node, Node] | None:
     """The placeholder that holds the state and its write, where an update in place is the same.
 
     The state is all of the placeholder, what is written back are its last inputs with the new ones behind, and
@@ -285,12 +284,7 @@ def _pool(window: Window, past: Element, newest: Element, node: Node) -> tuple[N
     there = look(newest)
     if not unmoved or new.node is not there.node or new.index != there.index:
         return None
-    return (pool, write) if is_private(pool, {node, write}) and _is_last(written, write) else None
-
-
-def _is_last(written: Node, write: Node) -> bool:
-    """Whether what is written serves the write, and else only steps that the rewrite removes."""
-    return all(user is write or user.op != "output" for user in written.users)
+    return (pool, write) if is_private(pool, {window.node, write}) else None
 
 
 def _restore(graph: GraphView, y: Node, window: Window) -> Node:
@@ -305,4 +299,3 @@ def _restore(graph: GraphView, y: Node, window: Window) -> Node:
         y = graph.call(aten.squeeze.dim, y, k)
         moves = [m - (m > k) for m in moves]
     return y if moves == sorted(moves) else graph.call(aten.permute.default, y, moves)
-

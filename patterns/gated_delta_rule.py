@@ -39,12 +39,13 @@ def gated_delta_rule(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None
 def describe(call: Node) -> dict[str, Any]:
     """The tags of a site."""
     bound = op.bind(call)
-    g, state, q = (bound[k].meta["val"] if isinstance(bound[k], Node) else None for k in ("g", "initial_state", "q"))
     tags: dict[str, Any] = {
-        "decay": "channel" if g.dim() == 4 else "head", "qk_l2norm": bound["qk_l2norm"],
-        "scale": round(bound["scale"], 6), "state": "zeros" if state is None else "given",
-    }  # fmt: skip
-    groups = bound["v"].meta["val"].shape[2] // q.shape[2]
+        "decay": "channel" if bound["g"].meta["val"].dim() == 4 else "head",
+        "qk_l2norm": bound["qk_l2norm"],
+        "scale": round(bound["scale"], 6),
+        "state": "zeros" if bound["initial_state"] is None else "given",
+    }
+    groups = bound["v"].meta["val"].shape[2] // bound["q"].meta["val"].shape[2]
     if groups != 1:
         tags["groups"] = int(groups)
     return tags

@@ -204,8 +204,8 @@ def written_arguments(node: Node) -> list[Node]:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
         return []
-    names = {a.name: k for k, a in enumerate(target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write}
-    given = [node.args[k] if k < len(node.args) else node.kwargs.get(name) for name, k in names.items()]
+    written = [(k, a.name) for k, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    given = [node.args[k] if k < len(node.args) else node.kwargs.get(name) for k, name in written]
     return [x for x in given if isinstance(x, Node)]
 
 

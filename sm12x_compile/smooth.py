@@ -8,7 +8,7 @@ where no draw reaches. So operators on the data must be of this vocabulary; what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,21 +18,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Layout: every element of the result is an element of an operand, or a constant.
-LAYOUT = frozenset(
+LAYOUT = words(
     "view _unsafe_view reshape _reshape_alias transpose permute t unsqueeze squeeze expand expand_as slice select "
     "narrow split split_with_sizes unbind chunk cat stack clone contiguous alias detach _to_copy to copy copy_ "
     "lift_fresh_copy lift_fresh pad constant_pad_nd select_scatter slice_scatter index_select repeat "
-    "repeat_interleave flatten unflatten movedim swapaxes mT mH numpy_T T tile fill fill_ zero_ masked_fill masked_fill_ "
-    "tril triu diagonal flip roll index index_put index_put_ index_copy empty_like new_empty zeros_like ones_like "
-    "new_zeros new_ones full_like new_full view_as type_as _conj positive unsafe_split unsafe_chunk view_copy "
-    "tril_ triu_ sym_size getitem squeeze_ unsqueeze_ hstack vstack concat concatenate moveaxis new_empty_strided".split()
+    "repeat_interleave flatten unflatten movedim swapaxes mT mH numpy_T T tile fill fill_ zero_ masked_fill "
+    "masked_fill_ tril triu diagonal flip roll index index_put index_put_ index_copy empty_like new_empty "
+    "zeros_like ones_like new_zeros new_ones full_like new_full view_as type_as _conj positive unsafe_split unsafe_chunk view_copy "
+    "tril_ triu_ sym_size getitem squeeze_ unsqueeze_ hstack vstack concat concatenate moveaxis"
 )
-ARITHMETIC = frozenset(
+ARITHMETIC = words(
     "add add_ sub sub_ rsub mul mul_ div div_ neg exp exp_ exp2 rsqrt sqrt reciprocal square pow sum mean cumsum "
     "cumsum_ mm bmm matmul einsum dot mv baddbmm addmm addcmul addcmul_ linalg_solve_triangular triangular_solve "
     "linalg_inv linalg_inv_ex linalg_solve linalg_solve_ex _linalg_solve_ex linear outer inner linalg_vecdot "
-    "expm1 sigmoid tensordot multiply subtract divide true_divide negative".split()
+    "expm1 sigmoid tensordot multiply subtract divide true_divide negative"
 )
 SMOOTH = LAYOUT | ARITHMETIC
 
@@ -121,6 +126,3 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     found, expected = found.double(), expected.double()
     largest = max(float(expected.abs().max()), 1e-30) if expected.numel() else 1.0
     return bool(((found - expected).abs() <= tolerance * largest).all())
-
-
-Runs = Callable[..., Any]

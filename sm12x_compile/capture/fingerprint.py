@@ -23,21 +23,23 @@ from typing import Any
 
 import torch
 
+from sm12x_compile.smooth import words
+
 # A number larger than this could stand for a size that no experiment reaches.
 LARGEST_NUMBER = 256
 
-_BUILTINS = frozenset(
+_BUILTINS = words(
     "range len zip enumerate min max abs sum int float bool tuple list dict map reversed sorted isinstance slice "
-    "round divmod pow any all str AssertionError ValueError TypeError RuntimeError NotImplementedError".split()
+    "round divmod pow any all str AssertionError ValueError TypeError RuntimeError NotImplementedError"
 )
-_CONTAINER_METHODS = frozenset("append extend insert items keys values get copy index count format join pop".split())
-_TENSOR_METHODS = frozenset(
+_CONTAINER_METHODS = words("append extend insert items keys values get copy index count format join pop")
+_TENSOR_METHODS = words(
     "size dim numel type float double half bfloat16 long int bool to new_zeros new_empty new_full new_ones stride "
-    "is_contiguous contiguous element_size expand_as view_as type_as reshape_as unflatten ndimension nelement".split()
+    "is_contiguous contiguous element_size expand_as view_as type_as reshape_as unflatten ndimension nelement"
 )
-_FORBIDDEN = frozenset("item tolist numpy set_ resize_ requires_grad_ data backward cuda cpu grad".split())
+_FORBIDDEN = words("item tolist numpy set_ resize_ requires_grad_ data backward cuda cpu grad")
 _TRUSTED = ("torch", "math", "einops", "operator")
-_TORCH_NAMES = frozenset("einsum finfo Size is_tensor promote_types broadcast_shapes tensor normalize".split())
+_TORCH_NAMES = words("einsum finfo Size is_tensor promote_types broadcast_shapes tensor normalize")
 _STATEMENTS = (
     ast.FunctionDef, ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.While, ast.If, ast.Expr,
     ast.Pass, ast.Assert, ast.Raise, ast.Break, ast.Continue,
@@ -164,8 +166,8 @@ class _Reader(ast.NodeTransformer):
         digest = hashlib.sha256(f"{normal}{defaults}".encode()).hexdigest()
 
         def watched(watcher: Watcher) -> Callable[..., Any]:
-            namespace = {name: h.watched(watcher) for name, h in self.helpers.items()}
-            namespace = {"__builtins__": builtins, **self.namespace, **namespace}
+            namespace: dict[str, Any] = {"__builtins__": builtins, **self.namespace}
+            namespace |= {name: h.watched(watcher) for name, h in self.helpers.items()}
             namespace["__truth__"] = lambda place, value: watcher.truth((digest, place), value)
             namespace["__compare__"] = lambda place, *rest: watcher.compare((digest, place), *rest)
             exec(code, namespace)
@@ -197,7 +199,9 @@ class _Reader(ast.NodeTransformer):
         return node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        if all(isinstance(n, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)) for n in ast.walk(node)):
+        if all(
+            isinstance(n, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)) for n in ast.walk(node)
+        ):
             if isinstance(node.op, ast.Pow) and not _is_small_power(node):
                 raise Opaque("a number in it is larger than any experiment")
             self._number(eval(compile(ast.Expression(node), "<number>", "eval"), {"__builtins__": {}}))
@@ -231,7 +235,9 @@ class _Reader(ast.NodeTransformer):
                     self.namespace[node.id] = _no  # a graph for our backend is never an exported one
                     return node
                 self.helpers[node.id] = _Reader(value, self.above).meaning()
-        elif _is_constant(value) or _is_trusted(value) or (node.id in _BUILTINS and value is getattr(builtins, node.id)):
+        elif (
+            _is_constant(value) or _is_trusted(value) or (node.id in _BUILTINS and value is getattr(builtins, node.id))
+        ):
             self._number(value)
             self.namespace[node.id] = value
         else:
@@ -279,7 +285,7 @@ class _Reader(ast.NodeTransformer):
         if name in _BUILTINS and value is getattr(builtins, name, None):
             return
         root = (getattr(value, "__module__", None) or "torch").split(".")[0]
-        if root == "torch" or isinstance(value, types.BuiltinFunctionType) and root not in _TRUSTED:
+        if root == "torch" or (isinstance(value, types.BuiltinFunctionType) and root not in _TRUSTED):
             name = getattr(value, "__name__", name)
             name = name.removeprefix("linalg_")
             if name not in _TORCH_NAMES and not _is_operator(name) and not _is_operator(f"linalg_{name}"):
