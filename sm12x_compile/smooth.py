@@ -30,8 +30,8 @@ LAYOUT = words(
     "lift_fresh_copy lift_fresh pad constant_pad_nd select_scatter slice_scatter index_select repeat "
     "repeat_interleave flatten unflatten movedim swapaxes mT mH numpy_T T tile fill fill_ zero_ masked_fill "
     "masked_fill_ tril triu diagonal flip roll index index_put index_put_ index_copy empty_like new_empty "
-    "zeros_like ones_like new_zeros new_ones full_like new_full view_as type_as _conj positive unsafe_split unsafe_chunk view_copy "
-    "tril_ triu_ sym_size getitem squeeze_ unsqueeze_ hstack vstack concat concatenate moveaxis"
+    "zeros_like ones_like new_zeros new_ones full_like new_full view_as type_as _conj positive unsafe_split "
+    "unsafe_chunk view_copy tril_ triu_ sym_size getitem squeeze_ unsqueeze_ hstack vstack concat concatenate moveaxis"
 )
 ARITHMETIC = words(
     "add add_ sub sub_ rsub mul mul_ div div_ neg exp exp_ exp2 rsqrt sqrt reciprocal square pow sum mean cumsum "
