@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+import torch
 from torch.fx import Node
+
+from sm12x_compile.smooth import LAYOUT
 
 from .delta_region import Region, op_name, shape
 
@@ -47,11 +50,8 @@ def readings(region: Region) -> Iterator[Reading]:
     for transposed in (False, True):
         K, V = rest[::-1] if transposed else rest
         for output, tokens in _outputs(region, B, H, V):
-            nodes = _cut(region, output.node, B, tokens, H, K, V)
-            if nodes is not None:
+            for nodes in _cuts(region, output.node, (B, tokens, H, K, V)):
                 yield from _assign(region, nodes, output, transposed, (B, tokens, H, K, V))
-        if K == V:  # the other order says the same of every shape; the experiment will decide
-            continue
 
 
 def _outputs(region: Region, B: Any, H: Any, V: Any) -> Iterator[tuple[Operand, Any]]:
@@ -85,20 +85,71 @@ def _layouts(size: Sequence[Any], B: Any, T: Any, heads: Any, D: Any) -> list[st
     return found
 
 
-def _cut(region: Region, output: Node, B: Any, T: Any, H: Any, K: Any, V: Any) -> list[Node] | None:
-    """Five nodes of operand shape, as far up as they go, without which no leaf reaches the region's ends."""
+def _cuts(region: Region, output: Node, sizes: tuple[Any, ...]) -> Iterator[list[Node]]:
+    """Sets of five nodes of operand shape without which no leaf reaches the region's ends.
+
+    At first the norms and the scale of q and k stand below the cut, for the op to take over; then only what mixes
+    operands does.
+    """
     inside = set(region.nodes)
     ends = [output, *([region.final] if region.final is not None else [])]
 
     def fits(node: Node) -> bool:
-        return bool(_roles(node, B, T, H, K, V))
+        return bool(_roles(node, *sizes))
 
+    top = _cut(region, ends, inside, fits)
+    if top is None:
+        return
+    behind = _behind(region, top)
+    lowest = {node: _lowest(region, node, set(top), ends, behind, fits) for node in top}
+    normed = {node for node in top if "k" in _roles(node, *sizes)}
+    mixed = [node if node in normed else lowest[node] for node in top]
+    low = list(lowest.values())
+    seen = []
+    for nodes in (mixed, low):
+        if nodes not in seen:
+            seen.append(nodes)
+            yield nodes
+
+
+def _behind(region: Region, cut: Sequence[Node]) -> dict[Node, frozenset[Node]]:
+    """Which nodes of a cut, and whether the state, each node of the region is made of."""
+    behind = {node: frozenset({node}) for node in (*cut, region.state)}
+    for node in region.nodes:
+        if node not in behind:
+            behind[node] = frozenset().union(*(behind.get(n, frozenset()) for n in node.all_input_nodes))
+    return behind
+
+
+def _lowest(
+    region: Region, node: Node, top: set[Node], ends: list[Node], behind: dict[Node, frozenset[Node]], fits: Any
+) -> Node:
+    """The last node that `node` alone reaches the ends by, and back up to where it only was laid out anew or cast."""
+    low, inside = node, set(region.nodes)
+    grown: set[Node] = set()  # what stands behind an exponential is a decay, no longer its logarithm
+    for later in region.nodes:
+        if later is node or behind[later] != {node}:
+            continue
+        if op_name(later) in ("exp", "exp2") or any(n in grown for n in later.all_input_nodes):
+            grown.add(later)
+        elif fits(later) and low not in _walk(ends, (top - {node}) | {later, low}, inside, region)[0]:
+            low = later
+    while op_name(low) in LAYOUT and low is not node and len(low.all_input_nodes) == 1:
+        (above,) = low.all_input_nodes
+        if not fits(above):
+            break
+        low = above
+    return low
+
+
+def _cut(region: Region, ends: list[Node], inside: set[Node], fits: Any) -> list[Node] | None:
+    """Nodes of operand shape as far up as they go."""
     above: dict[Node, bool] = {}  # whether a node of operand shape stands at or above
     top: set[Node] = set()
     data: dict[Node, bool] = {region.state: False}
     for node in (*region.leaves, *region.nodes):
         given = [n for n in node.all_input_nodes if n in above] if node in inside else []
-        data[node] = (node not in inside and shape(node) is not None) or any(data.get(n, False) for n in given)
+        data[node] = (node not in inside and _is_data(node)) or any(data.get(n, False) for n in given)
         over = any(above[n] for n in given)
         if data[node] and not over and fits(node):
             top.add(node)
@@ -126,7 +177,7 @@ def _walk(ends: list[Node], stop: set[Node], inside: set[Node], region: Region) 
         if node in stop:
             reached[node] = None
         elif node not in inside:
-            if shape(node) is not None:
+            if _is_data(node):
                 leaves[node] = None
         else:
             for given in node.all_input_nodes:
@@ -134,6 +185,10 @@ def _walk(ends: list[Node], stop: set[Node], inside: set[Node], region: Region) 
                     seen.add(given)
                     waiting.append(given)
     return list(reached), list(leaves)
+
+
+def _is_data(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), (torch.Tensor, tuple, list))
 
 
 def _lower(
@@ -223,10 +278,8 @@ def _heads(roles: Any, named: dict[str, Node], role: str, sizes: tuple[Any, ...]
 
 def _decay_of(region: Region, nodes: list[Node]) -> Node | None:
     """The operand that alone stands behind an exponential."""
-    behind: dict[Node, frozenset[Node]] = {n: frozenset({n}) for n in nodes}
+    behind = _behind(region, nodes)
     for node in region.nodes:
-        if node not in behind:
-            behind[node] = frozenset().union(*(behind.get(n, frozenset()) for n in node.all_input_nodes))
         if op_name(node) in ("exp", "exp2") and len(behind[node]) == 1:
             return next(iter(behind[node]))
     return None

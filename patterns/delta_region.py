@@ -273,10 +273,14 @@ def _belongs(node: Node, inside: set[Node], ends: set[Node]) -> bool:
             isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags
         )
     if not isinstance(node.meta.get("val"), torch.Tensor):
-        return node.target is aten.sym_size.int or isinstance(node.meta.get("val"), (tuple, list))
+        if node.target is not aten.sym_size.int and op_name(node) not in _REGION:
+            return False
+        return all(u in inside or (not u.users and u.op != "output") for u in node.users)
     if _is_of_sizes(node):
         return True
-    if op_name(node) not in _REGION:
+    if op_name(node) not in _REGION or (
+        node.target is operator.getitem and op_name(node.all_input_nodes[0]) not in _REGION
+    ):
         return False
     return node in ends or all(u in inside or (not u.users and u.op != "output") for u in node.users)
 
