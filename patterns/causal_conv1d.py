@@ -187,11 +187,28 @@ def _of_product(anchor: Node, variables: tuple[Var | None, ...], i: Var, x: Expr
     b = others[0] if others else Var("b", 1)
     t = moving[0] if moving else Var("t", 1)
     assert isinstance(t, Var)
+    if not moving and not _is_a_window(x, w, places[0]):
+        return None
     n = Var("n", shape_of(x.node)[places[0]])
     history = Element(x.node, tuple(Index.of(n) if k == places[0] else ix for k, ix in enumerate(x.index)))
     n0 = add(where.const, add(i.extent, -1))
     node, activation = _activated(anchor)
     return Window(node, activation, variables, history, w, None, b, c, t, i, n, n0)
+
+
+def _is_a_window(x: Element, w: Element, place: int) -> bool:
+    """Whether a sum over a single window is one of past inputs and a new one, not any scalar product.
+
+    The weights are a parameter, and the last of the inputs comes from elsewhere than those before.
+    """
+    size = shape_of(x.node)[place]
+    if w.node.op not in ("placeholder", "get_attr") or not isinstance(size, int) or size < 2:
+        return False
+    parts = []
+    for first, count in ((size - 1, 1), (0, size - 1)):
+        moved = Index.of(Var("p", count)) + first
+        parts.append(look(Element(x.node, (*x.index[:place], moved, *x.index[place + 1 :]))).node)
+    return x.node not in parts and parts[0] is not parts[1]
 
 
 def _activated(node: Node) -> tuple[Node, str]:

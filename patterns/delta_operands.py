@@ -154,11 +154,14 @@ def _cut(region: Region, ends: list[Node], inside: set[Node], fits: Any) -> list
         if data[node] and not over and fits(node):
             top.add(node)
         above[node] = over or node in top
-    for _ in range(8):
+    for _ in range(16):
         reached, open_leaves = _walk(ends, top, inside, region)
-        if not open_leaves:
+        if not open_leaves and len(reached) <= 5:
             return reached if len(reached) == 5 else None
-        below = _lower(region, top, open_leaves, ends, inside, fits)
+        if open_leaves:
+            below = _lower(region, top, open_leaves, ends, inside, fits)
+        else:
+            below = _joining(region, set(reached), ends, inside, fits)
         if below is None:
             return None
         top = (top | {below}) - _strictly_above(below, inside)
@@ -194,14 +197,28 @@ def _is_data(node: Node) -> bool:
 def _lower(
     region: Region, top: set[Node], open_leaves: list[Node], ends: list[Node], inside: set[Node], fits: Any
 ) -> Node | None:
-    """The first node of operand shape that shuts off an open leaf: ``-exp(A) * softplus(a)`` shuts off A."""
+    """The first node of operand shape that joins an open leaf to an operand: in ``-exp(A) * softplus(a)`` A is open."""
     leaf = open_leaves[0]
     below: set[Node] = {leaf}
     for node in region.nodes:
         if not any(n in below for n in node.all_input_nodes):
             continue
         below.add(node)
-        if fits(node) and leaf not in _walk(ends, top | {node}, inside, region)[1]:
+        if not fits(node) or not top & _strictly_above(node, inside):
+            continue
+        if leaf not in _walk(ends, top | {node}, inside, region)[1]:
+            return node
+    return None
+
+
+def _joining(region: Region, top: set[Node], ends: list[Node], inside: set[Node], fits: Any) -> Node | None:
+    """The first node of operand shape that is all that becomes of several: a quotient by a norm that was clamped."""
+    behind = _behind(region, list(top))
+    for node in region.nodes:
+        joined = behind[node]
+        if len(joined) < 2 or not joined <= top or not fits(node):
+            continue
+        if not joined & set(_walk(ends, top | {node}, inside, region)[0]):
             return node
     return None
 

@@ -29,6 +29,7 @@ aten = torch.ops.aten
 _OUTSIDE = words("linear sigmoid expm1 embedding")
 _REGION = SMOOTH - _OUTSIDE
 _ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default}
+_OF_SIZE = words("zeros_like ones_like new_zeros new_ones full_like new_full empty_like new_empty sym_size")
 _COPIES = words("clone _to_copy copy alias contiguous to lift_fresh_copy")
 _SCATTERS = words("select_scatter slice_scatter copy")
 
@@ -101,7 +102,7 @@ def _initial_state(anchor: Node) -> Node | None:
 def _is_zero(node: Node) -> bool:
     while op_name(node) in _COPIES and node.target is not aten.copy.default and isinstance(node.args[0], Node):
         node = node.args[0]
-    return node.target in _ZEROS and (node.target is not aten.full.default or node.args[1] == 0)
+    return node.target in _ZEROS and not (node.target is aten.full.default and node.args[1])
 
 
 def _decayed(node: Node) -> Node | None:
@@ -275,14 +276,19 @@ def _belongs(node: Node, inside: set[Node], ends: set[Node]) -> bool:
     if not isinstance(node.meta.get("val"), torch.Tensor):
         if node.target is not aten.sym_size.int and op_name(node) not in _REGION:
             return False
-        return all(u in inside or (not u.users and u.op != "output") for u in node.users)
+        return _is_read_inside(node, inside)
     if _is_of_sizes(node):
         return True
     if op_name(node) not in _REGION or (
         node.target is operator.getitem and op_name(node.all_input_nodes[0]) not in _REGION
     ):
         return False
-    return node in ends or all(u in inside or (not u.users and u.op != "output") for u in node.users)
+    return node in ends or _is_read_inside(node, inside)
+
+
+def _is_read_inside(node: Node, inside: set[Node]) -> bool:
+    """Whether nobody outside reads the values of a node."""
+    return all(u in inside or op_name(u) in _OF_SIZE or (not u.users and u.op != "output") for u in node.users)
 
 
 def _is_of_sizes(node: Node) -> bool:
@@ -292,7 +298,7 @@ def _is_of_sizes(node: Node) -> bool:
         node, seen = waiting.pop(), seen + 1
         if node.op != "call_function" or seen > 32:
             return False
-        if op_name(node) in ("zeros_like", "ones_like", "new_zeros", "new_ones", "full_like", "new_full", "sym_size"):
+        if op_name(node) in _OF_SIZE:
             continue
         if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
             return False

@@ -63,6 +63,7 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
         A site for every anchor that a pattern had something to say about, with the call of the semantic op if
         it was rewritten.
     """
+    clean(normal)  # who reads a value decides much: nodes that nothing reads must not count
     view = GraphView(normal)
     found: list[tuple[Site, Node | None]] = []
     wanted = [p for p in patterns() if options.wants_pattern(p.name)]
