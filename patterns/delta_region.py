@@ -40,7 +40,8 @@ class Region:
 
     Attributes:
         state: the initial state.
-        final: the final state; None if nobody computes it.
+        final: the final state; None if nobody outside reads it.
+        decays: whether a decayed state was followed; else `state` may be any zeros.
         outputs: nodes that could stand for the output, from the first to the last: copies and views of one another.
         nodes: everything between `state`, the leaves and the outputs, in the order of the graph.
         leaves: where the data comes from.
@@ -48,6 +49,7 @@ class Region:
 
     state: Node
     final: Node | None
+    decays: bool
     outputs: tuple[Node, ...]
     nodes: tuple[Node, ...]
     leaves: tuple[Node, ...]
@@ -72,14 +74,15 @@ def find_region(anchor: Node) -> Region | None:
         return None
     order = {node: k for k, node in enumerate(state.graph.nodes)}
     after = _descendants(state)
-    final = _follow(state)
-    path = _ancestors_within(final, after) if final is not None else set()
-    outputs = _converge(state, path, after, final, order)
+    last = _follow(state)
+    path = _ancestors_within(last, after) if last is not None else set()
+    outputs = _converge(state, path, after, order)
     if not outputs:
         return None
+    final = last if last is not None and any(_keeps_state(u, last, shape(last)) for u in last.users) else None
     ends = [outputs[-1], *([final] if final is not None else [])]
     nodes, leaves = _between(state, ends, order)
-    return Region(state, final, outputs, nodes, leaves)
+    return Region(state, final, last is not None, outputs, nodes, leaves)
 
 
 # ---------------------------------------------------------------- the state
@@ -186,9 +189,7 @@ def _ancestors_within(node: Node, allowed: set[Node]) -> set[Node]:
     return found
 
 
-def _converge(
-    state: Node, path: set[Node], after: set[Node], final: Node | None, order: dict[Node, int]
-) -> tuple[Node, ...]:
+def _converge(state: Node, path: set[Node], after: set[Node], order: dict[Node, int]) -> tuple[Node, ...]:
     """The nodes on which all that reads the state converges; empty if it does not."""
     reads: set[Node] = set()
     for node in (state, *path):

@@ -53,7 +53,7 @@ def gated_delta_rule(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None
     try:
         reading, certificate = certify(region)
     except Uncertain as reason:
-        if region.final is None:  # nothing in it need be a state
+        if not region.decays:  # nothing in it need be a state
             return None
         return Refusal(str(reason), anchor, {"recurrence": "decayed state"})
     try:
