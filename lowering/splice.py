@@ -29,6 +29,7 @@ class Splicer:
     def inline(self, node: Node, kernel: Kernel) -> list[Node]:
         """Replace a call of a semantic op by the body of the kernel; returns the nodes that are new."""
         self._new.clear()
+        self._before = node  # a call inside a kernel stands before what the kernel computes later
         bound = OPS[kernel.op].bind(node)
         inputs = {k: v for k, v in bound.items() if isinstance(v, Node)}
         body = self._trace(kernel, bound, inputs)
@@ -72,7 +73,7 @@ class Splicer:
             copied.meta["val"] = inner.meta.get("val")
             return copied
         key = (inner.target, repr((args, kwargs)))
-        if share and key in self._shared:
+        if share and key in self._shared and self._shared[key] < self._before:
             return self._shared[key]
         copied = self.gm.graph.create_node(inner.op, inner.target, args, kwargs)
         copied.meta["val"] = inner.meta.get("val")
