@@ -46,6 +46,9 @@ def chunked(
     N = (T + more) // C
     q, k = (_unit_length(x.float(), qk_l2norm, eps) for x in (q, k))
     # [B H, N, C, D]: one batch of matrices a chunk
+    if T == 1:
+        S = None if initial_state is None else initial_state.float()
+        return _one_token(q * scale, k, v, g, beta, S, out_dtype or v.dtype)
     q, k = (_chunks(_repeat(x, H), more, C) for x in (q * scale, k))
     values, rate = _chunks(v.float(), more, C), _chunks(beta.float()[..., None], more, C)
     # In fp64: behind a strong decay the sum has lost the digits of a small g in fp32.
@@ -68,6 +71,23 @@ def chunked(
     final = S.view(B, H, K, V)
     shared = initial_state is not None and final.untyped_storage()._cdata == initial_state.untyped_storage()._cdata
     return o.contiguous(), final.clone() if shared else final.contiguous()
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of a single token; the state that is returned is a new tensor."""
+    H = v.shape[2]
+    q, k = (_repeat(x, H)[:, 0] for x in (q, k))
+    u = v[:, 0].float()
+    if S is not None:
+        decay = g[:, 0].float().exp()
+        S = S * (decay[..., None] if decay.dim() == 3 else decay[..., None, None])
+        u = u - (k[:, :, None] @ S)[:, :, 0]
+    u = u * beta[:, 0, :, None].float()
+    written = k[..., None] * u[:, :, None]
+    S = written if S is None else S.add_(written)
+    return (q[:, :, None] @ S).transpose(1, 2).to(dtype).contiguous(), S
 
 
 def _products(k: Tensor, q: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
