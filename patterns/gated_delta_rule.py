@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite
+from sm12x_compile.index_algebra import Element, Index, Var
+from sm12x_compile.index_algebra.expr import shape_of
+from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite, source
 from sm12x_compile.ops import gated_delta_rule as op
 from sm12x_compile.registry import register_pattern
 
@@ -81,6 +83,7 @@ def describe(call: Node) -> dict[str, Any]:
 
 
 def _captured(call: Node, graph: GraphView) -> Rewrite:
+    _undo_repeat(call, graph)
     tags = describe(call)
     outputs = {user.args[1]: user for user in call.users if user.target is operator.getitem}
     if set(outputs) != {0, 1} or len(call.users) != 2:
@@ -95,6 +98,33 @@ def _captured(call: Node, graph: GraphView) -> Rewrite:
         operands = (bound[k] for k in ("q", "k", "v", "g", "beta"))
         made = graph.call(_UPDATE, *operands, pool, every_row(graph, pool), bound["scale"], **extra)
     return Rewrite(outputs[0], made, made, {**tags, "state": "in place"}, obsolete=(write,))
+
+
+def _undo_repeat(call: Node, graph: GraphView) -> None:
+    """Give the op the heads of q and k as they were before the caller repeated them."""
+    heads = call.args[0].meta["val"].shape[2]  # type: ignore[union-attr]
+    if not isinstance(heads, int) or op.bind(call)["v"].meta["val"].shape[2] != heads:
+        return
+    for times in (n for n in range(heads, 1, -1) if heads % n == 0):
+        fewer = [_fewer_heads(x, heads, times) for x in call.args[:2] if isinstance(x, Node)]
+        if any(e is None for e, _ in fewer):
+            continue
+        try:
+            with graph.graph.inserting_before(call):
+                q, k = (graph.arrange(e, [(v,) for v in dims]) for e, dims in fewer if e is not None)
+        except CannotArrange:
+            continue
+        call.args = (q, k, *call.args[2:])
+        return
+
+
+def _fewer_heads(x: Node, heads: int, times: int) -> tuple[Element | None, list[Var]]:
+    """An element of a tensor ``[B, T, heads, K]`` whose heads come in equal runs of `times`."""
+    b, t, _, d = (Var(name, size) for name, size in zip("bthd", shape_of(x), strict=True))
+    group, one = Var("h", heads // times), Var("r", times)
+    index = (Index.of(b), Index.of(t), Index.of(group) * times + Index.of(one), Index.of(d))
+    element = source(Element(x, index))
+    return (None if one in element.vars() else element), [b, t, group, d]
 
 
 _DEFAULTS = {k: p.default for k, p in op.signature.parameters.items()}

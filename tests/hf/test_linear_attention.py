@@ -21,7 +21,6 @@ from sm12x_compile.model_zoo import VOCAB, build
 from sm12x_compile.report import Report
 
 Cache = Literal["none", "dynamic", "static"]
-OLD = tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 23)
 # Linear layers, the tags of their recurrence, and value heads a head of q and k.
 MODELS: dict[str, tuple[int, dict[str, Any], int]] = {
     "qwen3_next": (3, {"decay": "head", "qk_l2norm": "rsqrt", "scale": 0.25}, 2),
@@ -90,8 +89,7 @@ def expected(name: str, state: str) -> list[dict[str, Any]]:
     conv = {"pattern": "causal_conv1d", "window": 4, "activation": "silu"}
     conv |= {} if state == "zeros" else {"state": state}
     rule = {"pattern": "gated_delta_rule", **tags, "state": state}
-    # transformers 5.17 repeats heads before the call.
-    rule |= {"groups": groups} if groups > 1 and not OLD else {}
+    rule |= {"groups": groups} if groups > 1 else {}
     return [conv] * layers + [rule] * layers
 
 
