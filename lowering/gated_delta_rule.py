@@ -2,10 +2,11 @@
 
 Our Triton kernels register above these (``triton....``, merit 20 and more). Plain PyTorch:
 
+    one token  a single token, traced into the graph for Inductor to fuse; any device
     chunked    whole sequences: everything within a chunk at once, then one scan over the chunks; any device
     step       a few tokens against a pool, in place; CPU
 
-Both are opaque: a traced loop over chunks would be a graph that grows with the length, and a compile for each.
+The last two are opaque: a traced loop over chunks would be a graph that grows with the length, and a compile for each.
 """
 
 from __future__ import annotations
@@ -46,9 +47,6 @@ def chunked(
     N = (T + more) // C
     q, k = (_unit_length(x.float(), qk_l2norm, eps) for x in (q, k))
     # [B H, N, C, D]: one batch of matrices a chunk
-    if T == 1:
-        S = None if initial_state is None else initial_state.float()
-        return _one_token(q * scale, k, v, g, beta, S, out_dtype or v.dtype)
     q, k = (_chunks(_repeat(x, H), more, C) for x in (q * scale, k))
     values, rate = _chunks(v.float(), more, C), _chunks(beta.float()[..., None], more, C)
     # In fp64: behind a strong decay the sum has lost the digits of a small g in fp32.
@@ -73,6 +71,25 @@ def chunked(
     return o.contiguous(), final.clone() if shared else final.contiguous()
 
 
+def _accepts_one_token(call: Call, arch: Arch) -> Verdict:
+    if call.cu_seqlens is not None or call.q.dtype == torch.float64:
+        return _accepts_chunked(call, arch)
+    tokens = call.q.shape[1]
+    return YES if isinstance(tokens, int) and tokens == 1 else No("computes a single token")
+
+
+@register_kernel("gated_delta_rule", "one token", accepts=_accepts_one_token, inline=True, merit=12)
+def one_token(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None = None,
+    qk_l2norm: str = "none", eps: float = 1e-6, cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The recurrence itself, once."""
+    q, k = (_unit_length(x.float(), qk_l2norm, eps) for x in (q, k))
+    S = None if initial_state is None else initial_state.float()
+    return _one_token(q * scale, k, v, g, beta, S, out_dtype or v.dtype)
+
+
 def _one_token(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, S: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +103,7 @@ def _one_token(
         u = u - (k[:, :, None] @ S)[:, :, 0]
     u = u * beta[:, 0, :, None].float()
     written = k[..., None] * u[:, :, None]
-    S = written if S is None else S.add_(written)
+    S = written if S is None else S + written
     return (q[:, :, None] @ S).transpose(1, 2).to(dtype).contiguous(), S
 
 

@@ -67,6 +67,16 @@ def test_chunked_against_the_recurrence(T: int, channels: bool):
             assert final.dtype == torch.float32
 
 
+@pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
+def test_one_token_against_the_recurrence(channels: bool):
+    given = operands(1, channels, 0.5)
+    for state in (None, torch.randn(B, H, K, V, generator=torch.Generator().manual_seed(3))):
+        o, final = rule.one_token(*given, 0.3, state, "sqrt", 1e-6)
+        truth = recurrence(*given, 0.3, torch.zeros(B, H, K, V) if state is None else state)
+        assert_near(o, truth[0])
+        assert_near(final, truth[1])
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("channels", [False, True], ids=["head", "channel"])
 def test_chunked_on_a_long_prompt(channels: bool):
