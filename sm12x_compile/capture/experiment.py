@@ -207,6 +207,8 @@ class _Trial:
                   for b, h, k, v in [(1, 4, 5, 4), (4, 3, 3, 3), (5, 5, 4, 6), (2, 1, 6, 1), (1, 1, 1, 2)]]  # fmt: skip
         for s in sizes:
             self._agree(binding, s, watcher)
+        if binding.qk_l2norm != "none":  # where the eps is as large as what it is added to
+            self._agree(binding, sizes[-1], watcher, binding.eps**0.5)
         grouped = True
         try:
             for s in (self._sizes(short, Hk=2, Hv=4), self._sizes(short, Hk=1, Hv=3), self._sizes(short, Hk=3, Hv=6)):
@@ -220,8 +222,8 @@ class _Trial:
             raise Refused(doubt)
         return replace(binding, grouped=grouped, out_dtype=self._out_dtype(binding, short))
 
-    def _agree(self, binding: Binding, s: _Sizes, watcher: Watcher) -> None:
-        tensors = self._draw(binding.roles, binding.heads_first, s, 0.7)
+    def _agree(self, binding: Binding, s: _Sizes, watcher: Watcher, length: float = 0.7) -> None:
+        tensors = self._draw(binding.roles, binding.heads_first, s, length)
         o, state, form, _ = self.run(tensors, watcher)
         expected, final = self.reference(binding, tensors)
         if form != binding.result or not close(o, expected, TOLERANCE):
