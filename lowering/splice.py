@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from itertools import count
 from typing import Any
 
@@ -28,6 +29,7 @@ class Splicer:
     def inline(self, node: Node, kernel: Kernel) -> list[Node]:
         """Replace a call of a semantic op by the body of the kernel; returns the nodes that are new."""
         self._new.clear()
+        self._before = node  # a call inside a kernel stands before what the kernel computes later
         bound = OPS[kernel.op].bind(node)
         inputs = {k: v for k, v in bound.items() if isinstance(v, Node)}
         body = self._trace(kernel, bound, inputs)
@@ -35,20 +37,25 @@ class Splicer:
             share = not any(_is_mutable(inner) for inner in body.graph.nodes)
             before = set(self._shared.values())
             result = self._body(body, inputs, share)
-            if _base(result) in before:
+            if any(_base(r) in before for r in torch.utils._pytree.tree_leaves(result)):
                 # An equal call was inlined already: two results of the user's must not share memory.
                 result = self._body(body, inputs, share=False)
-        self.view.replace(node, result)
+        if isinstance(result, Node):
+            self.view.replace(node, result)
+        else:  # several results, each read by its number
+            for user in [u for u in node.users if u.target is operator.getitem]:
+                self.view.replace(user, result[user.args[1]])
+                self.gm.graph.erase_node(user)
         self.gm.graph.erase_node(node)
         return list(self._new)
 
-    def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Node:
+    def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Any:
         replacement: dict[Node, Any] = dict(
             zip(body.graph.find_nodes(op="placeholder"), inputs.values(), strict=True)
         )
         for inner in body.graph.nodes:
             if inner.op == "output":
-                return torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])  # type: ignore[return-value]
+                return torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])
             if inner.op != "placeholder":
                 replacement[inner] = self._copy(body, inner, replacement, share)
         raise AssertionError("a traced kernel has an output")
@@ -66,7 +73,7 @@ class Splicer:
             copied.meta["val"] = inner.meta.get("val")
             return copied
         key = (inner.target, repr((args, kwargs)))
-        if share and key in self._shared:
+        if share and key in self._shared and self._shared[key] < self._before:
             return self._shared[key]
         copied = self.gm.graph.create_node(inner.op, inner.target, args, kwargs)
         copied.meta["val"] = inner.meta.get("val")

@@ -4,6 +4,7 @@ from . import lowering, patterns  # noqa: F401  (registers the built-in patterns
 from .arch import Arch
 from .backend import sm12x
 from .capture import wrap as _wrap
+from .capture.install import install as _install_capture
 from .collect import collect
 from .explain import assert_rewritten, explain
 from .index_algebra import Element, Index, Var
@@ -16,6 +17,7 @@ from .uninstall import uninstall
 __version__ = "0.1.0"
 
 _wrap.install()
+_install_capture()
 
 __all__ = [
     "YES",

@@ -20,8 +20,10 @@ from torch.fx import GraphModule
 
 from .arch import resolve
 from .capture import wrap
+from .capture.captured import captured_nodes, expand
+from .capture.install import install
 from .collect import active_reports
-from .normalize import NotNormalizable, example_value
+from .normalize import NotNormalizable, example_value, written_arguments
 from .options import OptionError, Options
 from .pipeline import device_of, transform
 from .report import Report
@@ -57,8 +59,10 @@ def sm12x(
     """
     parsed = Options.parse(options)
     wrap.install()  # after `uninstall`, the first call is where we learn that we are back
+    install()
     arch, planned = resolve(parsed.arch, device_of(gm))
     report = Report(graphs=1, arch=arch.name, planned=planned)
+    report.captures = [str(plan) for _, plan in captured_nodes(gm)]
     compiled = _compile(gm, example_inputs, parsed, mode, report)
     for collected in active_reports():
         _merge(report, collected)
@@ -100,7 +104,10 @@ def _compile(
 def _finish(
     gm: GraphModule, inputs: Sequence[Any], options: Options, mode: str | None, report: Report
 ) -> Compiled:
-    """Compile a graph as it is."""
+    """Compile a graph as it is: Dynamo's, with the user's own code for what was captured, or a rewritten one."""
+    if captured_nodes(gm):
+        expand(gm)
+        report.captures = []
     if options.codegen == "eager":
         return gm.forward
     from torch._inductor.compile_fx import compile_fx
@@ -129,11 +136,7 @@ def _guarded(normal: GraphModule, original: GraphModule) -> Compiled:
     """
     placeholders = normal.graph.find_nodes(op="placeholder")
     position = {node: k for k, node in enumerate(placeholders)}
-    written = {
-        position[node.args[0]]
-        for node in normal.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-        if node.args[0] in position
-    }
+    written = {position[x] for node in normal.graph.nodes for x in written_arguments(node) if x in position}
     if not written:
         return normal.forward
 
@@ -165,6 +168,7 @@ def _say_once(report: Report, message: str) -> None:
 
 def _merge(new: Report, into: Report) -> None:
     into.sites += [replace(site, graph=into.graphs) for site in new.sites]
+    into.captures += new.captures
     into.graphs += 1
     into.arch, into.planned, into.cuda_graph = new.arch, new.planned, new.cuda_graph
     for stage, seconds in new.seconds.items():

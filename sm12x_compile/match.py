@@ -41,12 +41,16 @@ class Rewrite:
         call: the call of the semantic op (``torch.ops.sm12x...``), or of any op for a pattern of one's own.
         value: `call`, laid out as `node` was.
         tags: what was read off the subgraph, for the report.
+        also: further results of the call: (node, value) pairs, each node's value replaced as well.
+        obsolete: writes that the call does itself (``copy_`` to an input that it mutates); they are removed.
     """
 
     node: Node
     call: Node
     value: Node
     tags: Mapping[str, Any] = field(default_factory=dict)
+    also: Sequence[tuple[Node, Node]] = ()
+    obsolete: Sequence[Node] = ()
 
 
 # ---------------------------------------------------------------- refining variables

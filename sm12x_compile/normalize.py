@@ -199,6 +199,16 @@ def _is_written(tensor: FunctionalTensor) -> bool:
     return torch._functionalize_has_data_mutation(tensor.elem)  # type: ignore[attr-defined]  # not in torch's stubs
 
 
+def written_arguments(node: Node) -> list[Node]:
+    """The arguments that a call writes: a mutated input at the end of the graph, a state pool of an op's."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return []
+    written = [(k, a.name) for k, a in enumerate(target._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    given = [node.args[k] if k < len(node.args) else node.kwargs.get(name) for k, name in written]
+    return [x for x in given if isinstance(x, Node)]
+
+
 def _fake_mode(fakes: list[Any]) -> Any:
     for fake in fakes:
         if isinstance(fake, torch._subclasses.FakeTensor):

@@ -63,6 +63,7 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
         A site for every anchor that a pattern had something to say about, with the call of the semantic op if
         it was rewritten.
     """
+    clean(normal)  # who reads a value decides much: nodes that nothing reads must not count
     view = GraphView(normal)
     found: list[tuple[Site, Node | None]] = []
     wanted = [p for p in patterns() if options.wants_pattern(p.name)]
@@ -96,7 +97,11 @@ def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | 
             for key in ("nn_module_stack", "stack_trace"):
                 if key in anchor.meta:
                     node.meta[key] = anchor.meta[key]
-        view.replace(outcome.node, outcome.value)
+        for write in outcome.obsolete:
+            view.graph.erase_node(write)
+        for node, value in ((outcome.node, outcome.value), *outcome.also):
+            if node is not value:  # a call that stands there already is only reported
+                view.replace(node, value)
         logger.info("%s: %s -> %s %s", site.module or site.source, pattern.name, site.op, dict(outcome.tags))
         return site, outcome.call
     for node in reversed(list(view.graph.nodes)):

@@ -6,11 +6,12 @@ from importlib.metadata import entry_points
 
 import torch._dynamo
 
+from .capture import install as capture
 from .capture import wrap
 
 
 def uninstall() -> None:
-    """Forget compiled code and the backend's name, until it is looked up again.
+    """Forget compiled code, captured functions and the backend's name, until it is used again.
 
     Models compiled with the backend run in eager or compile anew; other backends are not touched.
     """
@@ -18,6 +19,7 @@ def uninstall() -> None:
 
     torch._dynamo.reset()
     wrap.uninstall()
+    capture.uninstall()
     names = getattr(registry, "_BACKENDS", {})
     for table in (names, getattr(registry, "_COMPILER_FNS", {})):
         table.pop("sm12x", None)

@@ -385,3 +385,26 @@ def _index_select(node: Node, index: Indices) -> Expr | None:
 def fresh(shape: tuple[Size, ...], names: str = "ijklmnop") -> tuple[Var, ...]:
     """One variable a dimension."""
     return tuple(Var(n, s) for n, s in zip(names, shape, strict=False))
+
+
+@layout(aten.unfold.default)
+def _unfold(node: Node, index: Indices) -> Expr | None:
+    source, dim, _, stride = args_of(node)
+    dim = _dim(dim, len(shape_of(source)))
+    *rest, inside = index
+    return Element(source, _with(tuple(rest), dim, rest[dim] * size_of(stride) + inside))
+
+
+@layout(aten.roll.default)
+def _roll(node: Node, index: Indices) -> Expr | None:
+    source, shifts = args_of(node)[:2]
+    dims = argument(node, 2, "dims", [])
+    if len(shifts) != 1 or len(dims) != 1:
+        return None
+    dim, shape = _dim(dims[0], len(index)), shape_of(source)
+    size, shift = shape[dim], shifts[0]
+    if not isinstance(size, int) or not isinstance(shift, int) or size == 0:
+        return None
+    shift %= size
+    moved = [Element(source, _with(index, dim, index[dim] + by)) for by in (-shift, size - shift)]
+    return _decide(index[dim], [(shift, size, moved[0]), (0, shift, moved[1])]) if shift else moved[0]
