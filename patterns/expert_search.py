@@ -41,7 +41,7 @@ _FOREIGN = {
     aten.topk.default, aten.cross_entropy_loss.default,
 }  # fmt: skip
 _STEPS = 2_000
-_PATIENCE = 3
+_PATIENCE, _TRIES = 3, 30
 
 
 class Found(NamedTuple):
@@ -55,6 +55,8 @@ def selects_experts(anchor: Node) -> bool:
     if is_grouped_mm(anchor):
         return True
     if anchor.target in _GATHERS:
+        if _picks_scores(anchor):
+            return False
         picks = args_of(anchor)[2] if anchor.target in (aten.gather.default, aten.index_select.default) else args_of(anchor)[1]
         places = [p for p in (picks if isinstance(picks, (list, tuple)) else [picks]) if p is not None]
         return any(_is_chosen(p) for p in places) or _feeds_product(anchor)
@@ -70,6 +72,19 @@ def _is_chosen(places: Node, depth: int = 10) -> bool:
     if places.target in CHOOSERS or (places.target is operator.getitem and operand(places).target in CHOOSERS):
         return True
     return any(_is_chosen(a, depth - 1) for a in places.args if isinstance(a, Node))
+
+
+def _picks_scores(gather: Node) -> bool:
+    """Whether a gather takes the scores of what top-k chose: the router's own, which selects no weights."""
+    if gather.target is not aten.gather.default:
+        return False
+    source, dim, places = args_of(gather)[:3]
+    call = operand(places) if places.target is operator.getitem else None
+    whole = source.meta["val"].shape
+    return (
+        isinstance(call, Node) and call.target is aten.topk.default and dim % len(whole) == len(whole) - 1
+        and operand(call).meta["val"].shape == whole
+    )  # fmt: skip
 
 
 def _feeds_product(node: Node, depth: int = 6) -> bool:
@@ -92,12 +107,13 @@ def search(anchor: Node, read: Callable[[Node], Found]) -> Found | Refusal | Non
     """The farthest value behind the anchor that is a whole sum over experts."""
     best: Found | None = None
     refusal: Refusal | None = None
-    patience = _PATIENCE
+    patience, tries = _PATIENCE, _TRIES
     for run in _runs(anchor):
         found, why = _last_of(run, read)
-        best, refusal = found or best, refusal or why
-        patience = _PATIENCE if found else patience - (best is not None or why is not None)
-        if patience == 0:
+        best, refusal = found or best, why or refusal  # of refusals the last, which saw the most
+        patience = _PATIENCE if found else patience - (best is not None)
+        tries -= 1
+        if patience == 0 or tries == 0:
             break
     return best or refusal
 

@@ -81,7 +81,8 @@ def read_block(node: Node, anchor: Node) -> Block:
     index = (*(Index() if s == 1 else Index.of(v) for v, s in zip(tokens, shape, strict=False)), Index.of(feature))
     tokens = tuple(v for v, s in zip(tokens, shape, strict=False) if s != 1)
     sums: list[_Sum] = []
-    for term in reader.terms(Element(node, index), feature):
+    # Matrices before biases, which may be chosen by clamped ids.
+    for term in sorted(reader.terms(Element(node, index), feature), key=lambda t: -len(t.vars)):
         _collect(reader, sums, term, tokens, feature)
     if not sums:
         raise Unreadable
@@ -115,6 +116,7 @@ def _collect(reader: Reader, sums: list[_Sum], term: Term, tokens: tuple[Var, ..
     if picked is not None:
         choices = tuple(replace(c, vars=(*outer, *c.vars), factors=(*c.factors, *weights)) for c in picked[1])
     elif slot is not None and slot.has_datum():
+        slot = next((s.slot for s in sums if s.slot is not None and _same_slot(reader, slot, s.slot)), slot)
         choices = (Choice(outer, slot, weights, main.node),)
     else:
         raise Unreadable
