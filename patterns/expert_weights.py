@@ -62,7 +62,7 @@ def gather_experts(block: Block) -> tuple[Weights, tuple[Choice, ...]]:
     inner, width = first.inner, first.width
     common = [_with_variables(e, inner, width) for e in block.experts]
     for e in common[1:]:
-        if e.x != first.x:
+        if e.x != first.x or e.casts != first.casts:
             raise Unreadable(Refusal("the experts work on different inputs", block.node))
         if _kind(e) != _kind(first) or any(
             (getattr(e, n) is None) != (getattr(first, n) is None) for n in _NAMES

@@ -21,7 +21,7 @@ from sm12x_compile.match import Refusal
 
 from .activation import Activation, read_activation
 from .choice import Choice, are_distinct, find_choices
-from .routed import FLOATS, Reader, Term, Unreadable
+from .routed import FLOATS, Reader, Term, Unreadable, rename
 
 aten = torch.ops.aten
 
@@ -44,6 +44,7 @@ class Expert:
     gate_bias: Element | None = None
     up_bias: Element | None = None
     given: Element | None = None  # `x` before it was followed to where it comes from
+    casts: tuple[torch.dtype, ...] = ()  # of `x`
 
 
 @dataclass
@@ -154,22 +155,12 @@ def same_choices(a: tuple[Choice, ...], b: tuple[Choice, ...]) -> bool:
     return True
 
 
-def rename(expr: Expr, named: dict[Var, Index]) -> Expr:
-    if isinstance(expr, Element):
-        return expr.subs(named)
-    if isinstance(expr, Apply):
-        return replace(expr, args=tuple(rename(a, named) for a in expr.args))
-    if isinstance(expr, Reduce):
-        return replace(expr, body=rename(expr.body, named))
-    return expr
-
-
 def _slot(reader: Reader, weight: Element) -> tuple[Index | None, Element]:
     """The index by which a weight's expert is chosen, and the element of the tensor that holds all experts."""
     found: tuple[Index | None, Element] | None = None
     for seen in reader.trail(weight):
         data = [ix for ix in seen.index if ix.has_datum()]
-        if len(data) == 1 and len(data[0].terms) == 1 and data[0].const == 0:
+        if len(data) == 1 and len(data[0].terms) == 1:
             ((atom, c),) = data[0].terms.items()
             if c == 1 and isinstance(atom, Datum):
                 found = (data[0], seen)
@@ -272,6 +263,7 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
     if up is not None:
         named = {up.width: Index.of(gate.width)}
         same = same_size(up.width.extent, gate.width.extent) and up.x.subs(named) == gate.x and up.weights == gate.weights
+        same = same and up.casts == gate.casts
         if not same:
             raise Unreadable(Refusal("gate and up are projections of different inputs", node))
         up = replace(up, matrix=up.matrix.subs(named))
@@ -281,7 +273,7 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
         choices = tuple(replace(c, factors=gate.weights) for c in choices)
     return Expert(
         sum_.slot, choices, w2, inner, gate.x, gate.width, activation, gate.matrix, up.matrix if up else None,
-        "input" if gate.weights else "output", sum_.bias, gate.bias, up.bias if up else None, gate.given,
+        "input" if gate.weights else "output", sum_.bias, gate.bias, up.bias if up else None, gate.given, gate.casts,
     )  # fmt: skip
 
 
@@ -293,6 +285,7 @@ class _Projection:
     weights: tuple[Expr, ...]
     bias: Element | None
     given: Element
+    casts: tuple[torch.dtype, ...]
 
 
 def _projection(
@@ -318,7 +311,8 @@ def _projection(
         weights = tuple(f for f in flat if not reader.depends(f, width))
         if len(inputs) != 1 or not isinstance(inputs[0], Element):
             raise Unreadable(Refusal("the experts' input is no tensor of the graph", node))
-        found = _Projection(main, width, reader.resolve(inputs[0]), weights, None, inputs[0])
+        given, casts = _uncast(reader, inputs[0], {*tokens, width})
+        found = _Projection(main, width, reader.resolve(given), weights, None, given, casts)
     if found is None:
         raise Unreadable(Refusal("what the experts' activation works on is no projection of their input", node))
     return replace(found, bias=bias)
@@ -355,6 +349,24 @@ def _product(reader: Reader, expr: Expr, known: set[Var]) -> list[Expr]:
         return _product(reader, value.args[2], known)
     if value.op == "cast" and value.detail in FLOATS:
         inner = _product(reader, value.args[0], known)
-        narrowed = value.detail.itemsize < value.args[0].node.meta["val"].dtype.itemsize  # type: ignore[union-attr]
-        return inner if len(inner) > 1 or not narrowed else [expr]
+        return inner if len(inner) > 1 else [expr]
     return [expr]
+
+
+def _uncast(reader: Reader, element: Element, known: set[Var]) -> tuple[Element, tuple[torch.dtype, ...]]:
+    """The experts' input before it was cast row by row, and the casts, to be done once a token."""
+    casts: tuple[torch.dtype, ...] = ()
+    while True:
+        at = reader.resolve(element)
+        if at.vars() <= known and not any(ix.has_datum() for ix in at.index):
+            return element, casts
+        made = reader.meaning(at)
+        if isinstance(made, Apply) and made.op == "where" and reader.is_zero(made.args[1]) and reader.is_guard(made.args[0]):
+            inner = made.args[2]
+        elif isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS:
+            inner, casts = made.args[0], (made.detail, *casts)
+        else:
+            return element, casts
+        if not isinstance(inner, Element):
+            return element, casts
+        element = inner

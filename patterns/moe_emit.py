@@ -117,6 +117,13 @@ class Emitter:
     # ------------------------------------------------------------ operands
 
     def _input(self) -> Node:
+        """``[T, D]``, as the user casts it."""
+        node = self._uncast_input()
+        for dtype in self.expert.casts:
+            node = self.graph.call(aten._to_copy.default, node, dtype=dtype)
+        return node
+
+    def _uncast_input(self) -> Node:
         allowed = {*self.block.tokens, self.weights.width}
         element = self.expert.x
         if element.vars() - allowed or any(ix.has_datum() for ix in element.index):
@@ -143,9 +150,11 @@ class Emitter:
         ((atom, _),) = choice.ids.terms.items()
         assert isinstance(atom, Datum)
         ids = self._placed(atom.element, [self.block.tokens, choice.vars])
+        if choice.ids.const != 0:
+            ids = self.graph.call(aten.add.Tensor, ids, self.graph.size(choice.ids.const))
         slot = self.block.experts[0].slot
         wraps = slot is not None and slot.has_datum() and not self.reader.grouped
-        if wraps and not are_in_range(choice, self.weights.expert.extent) and not _is_nonnegative(atom.element.node):
+        if wraps and not are_in_range(choice, self.weights.expert.extent) and not _is_nonnegative(choice):
             if self.reader.guards:
                 raise Unreadable(Refusal("ids may be negative, which indexes from the end", atom.element.node))
             experts = self.graph.size(self.weights.expert.extent)
@@ -263,15 +272,15 @@ def _is_outside(guard: Guard, experts: Size) -> bool:
     return guard.bound >= (experts if guard.op == "ge" else experts - 1)
 
 
-def _is_nonnegative(ids: Node) -> bool:
+def _is_nonnegative(choice: Choice) -> bool:
     """Whether ids cannot be negative by the op that made them."""
-    if ids.target is aten._to_copy.default:
-        return _is_nonnegative(operand(ids))
-    if ids.target is aten.clamp.default:
+    ((atom, _),) = choice.ids.terms.items()
+    if not isinstance(atom, Datum) or choice.ids.const != 0:
+        return False
+    ids = atom.element.node
+    if ids.target in (aten.clamp.default, aten.clamp_min.default):
         low = argument(ids, 1, "min")
         return isinstance(low, int) and low >= 0
-    if ids.target is aten.clamp_min.default:
-        return isinstance(args_low := argument(ids, 1, "min"), int) and args_low >= 0
     return False
 
 

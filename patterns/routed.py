@@ -8,8 +8,8 @@ A grouped matmul is then a plain sum whose weight is that of the row's expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from sm12x_compile.index_algebra.expr import args_of, argument, broadcast, opera
 from sm12x_compile.index_algebra.index import add, divide_exactly, same_size
 from sm12x_compile.index_algebra.layout import layout_step
 from sm12x_compile.index_algebra.predicate import as_index
-from sm12x_compile.match import Refusal
+from sm12x_compile.match import Refusal, refine
 
 from .row_order import (
     counted,
@@ -268,12 +268,15 @@ class Reader:
         ((atom, c),) = pick.ids.terms.items()
         if c != 1 or not isinstance(atom, Datum):
             return False
-        whole = [ix.var for ix in atom.element.index]
+        # Every element of the ids once: split into their dimensions, the rows are exactly these.
+        split = refine([atom.element])
+        rows = {p for v in pick.vars for p in (split[v].terms if v in split else (v,))}
+        whole = [ix.var for ix in atom.element.subs(split).index]
         covers = all(
             v is not None and same_size(v.extent, s)
             for v, s in zip(whole, shape_of(atom.element.node), strict=True)
         )
-        distinct = len(set(whole)) == len(whole) and set(whole) == set(pick.vars)
+        distinct = len(set(whole)) == len(whole) and set(whole) == rows
         return covers and distinct and equal_nodes(multiset(atom.element.node), multiset(ids))
 
     def _accumulated(self, node: Node, index: tuple[Index, ...]) -> Expr | None:
@@ -302,7 +305,9 @@ class Reader:
         if found is None:
             return None
         choice, row = found
-        total = Reduce("sum", choice, Element(values, (row, *index[1:])), node)
+        total: Expr = Element(values, (row, *index[1:]))
+        if choice.extent != 1:
+            total = Reduce("sum", choice, total, node)
         return Apply("add", (broadcast(base, index), total), node)
 
     def _rows_of_token(self, place: Node, token: Index, tokens: Any) -> tuple[Var, Index] | None:
@@ -339,7 +344,7 @@ class Reader:
         if isinstance(expr, Element):
             return self._terms_of_element(expr, feature)
         if isinstance(expr, Reduce) and expr.kind == "sum":
-            return [Term((*t.vars, expr.var), t.main, t.factors) for t in self.terms(expr.body, feature)]
+            return [_summed(t, expr.var) for t in self.terms(expr.body, feature)]
         if isinstance(expr, Cases):
             return self._pieces(expr, feature)
         if isinstance(expr, Apply):
@@ -416,7 +421,7 @@ class Reader:
             return [Term((), cases, ())]
         found: list[Term] = []
         for low, _, piece in cases.pieces:
-            indicator = Apply("eq", (Position(Index.of(var)), Number(low)), _node_of(piece))
+            indicator = Apply("at", (Position(Index.of(var)), Number(low)), _node_of(piece))
             found += [Term(t.vars, t.main, (*t.factors, indicator)) for t in self.terms(piece, feature)]
         return found
 
@@ -454,6 +459,32 @@ class Reader:
         return False
 
 
+def rename(expr: Expr, named: Mapping[Var, Index]) -> Expr:
+    """An expression with variables replaced."""
+    if isinstance(expr, Element):
+        return expr.subs(named)
+    if isinstance(expr, Position):
+        return Position(expr.index.subs(named))
+    if isinstance(expr, Apply):
+        return replace(expr, args=tuple(rename(a, named) for a in expr.args))
+    if isinstance(expr, Reduce):
+        return replace(expr, body=rename(expr.body, named))
+    if isinstance(expr, Cases):
+        pieces = tuple((low, high, rename(e, named)) for low, high, e in expr.pieces)
+        return Cases(expr.index.subs(named), pieces)
+    return expr
+
+
+def _summed(term: Term, var: Var) -> Term:
+    """``sum over var of [var == n] * term`` is the term at n."""
+    for f in term.factors:
+        if isinstance(f, Apply) and f.op == "at" and f.args[0] == Position(Index.of(var)):
+            at = {var: Index(None, f.args[1].value)}  # type: ignore[union-attr]
+            main = None if term.main is None else rename(term.main, at)
+            return Term(term.vars, main, tuple(rename(g, at) for g in term.factors if g is not f))
+    return Term((*term.vars, var), term.main, term.factors)
+
+
 def _node_of(expr: Expr) -> Node:
     if isinstance(expr, (Element, Apply, Reduce)):
         return expr.node
@@ -482,6 +513,8 @@ def _solve(value: Index, row: Index, rows: Any, token: Index, tokens: Any) -> tu
     if choices is None:
         return None
     choice = Var("j", choices)
+    if choices == 1:
+        return (choice, token) if value == row else None
     if value == row.div(choices):
         return choice, token * choices + Index.of(choice)
     if value == row.mod(tokens):

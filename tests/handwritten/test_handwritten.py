@@ -27,7 +27,7 @@ from .cases import (
 )
 from .rename import renamed
 
-FILES = ("attentions", "layouts", "vision", "masks", "caches", "refused", "sdpa_forms", "latents")
+FILES = ("attentions", "layouts", "vision", "masks", "caches", "refused", "sdpa_forms", "latents", "moes")
 MODULES = {name: importlib.import_module(f".{name}", __package__) for name in FILES}
 REGISTRIES: dict[str, Registry] = {name: getattr(module, name.upper()) for name, module in MODULES.items()}
 CASES = [case for registry in REGISTRIES.values() for case in registry]
