@@ -1,5 +1,5 @@
 """The lowerings: which kernel runs a semantic op, here, at this shape, and why not the others."""
 
-from . import attention, mla
+from . import attention, mla, moe
 
-__all__ = ["attention", "mla"]
+__all__ = ["attention", "mla", "moe"]

@@ -13,6 +13,8 @@ from sm12x_compile.graph_view import GraphView, is_view
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Kernel
 
+aten = torch.ops.aten
+
 
 class Splicer:
     """Inlines kernels; equal nodes that several calls need (a mask, say) are shared."""
@@ -65,6 +67,9 @@ class Splicer:
             copied = self.gm.graph.get_attr(name)
             copied.meta["val"] = inner.meta.get("val")
             return copied
+        folded = _folded(inner.target, args)
+        if folded is not None:
+            return folded
         key = (inner.target, repr((args, kwargs)))
         if share and key in self._shared:
             return self._shared[key]
@@ -92,6 +97,17 @@ class Splicer:
             body = make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
         self._traces[key] = body
         return body
+
+
+def _folded(target: Any, args: tuple[Any, ...]) -> Node | None:
+    """``stack(parts)[n]`` is a part: nothing needs to be stacked for it."""
+    if target is not aten.select.int or args[1] != 0 or not isinstance(args[2], int):
+        return None
+    whole = args[0]
+    if whole.target is not aten.stack.default or len(whole.args) > 1 and whole.args[1] != 0 or whole.kwargs:
+        return None
+    part: Node = whole.args[0][args[2]]
+    return part
 
 
 def _is_mutable(node: Node) -> bool:

@@ -78,9 +78,10 @@ def moe_cost(a: dict[str, Any]) -> Cost:
     return Cost(bytes=moved, flops=2.0 * T * K * packing * (w13.numel() + up + w2.numel()) / E)
 
 
-def _activate(
+def activate(
     h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float | None
 ) -> Tensor:
+    """What stands between the two matrices: ``[..., N]`` to ``[..., I]``, in the dtype of `h`."""
     if not gated:
         return _nonlinearity(h, activation)
     gate, up = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
@@ -253,7 +254,7 @@ def moe(
             up = _expert(w3, None, None, e, format, layout, fp8_block, wide)
             h = torch.cat([h, F.linear(given, up, None if w3_bias is None else w3_bias[e].to(wide))], dim=-1)
         h = F.linear(
-            _activate(h, activation, gated, interleaved, alpha, limit),
+            activate(h, activation, gated, interleaved, alpha, limit),
             _expert(w2, w2_scale, w2_global_scale, e, format, layout, fp8_block, wide),
             None if w2_bias is None else w2_bias[e].to(wide),
         )
