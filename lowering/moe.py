@@ -28,7 +28,8 @@ from .moe_forms import experts_of, gathered, grouped, unrolled
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _GATHERED_ROWS = 8  # on a GPU: three times the bytes of the experts' matrices, against a sort and two launches more
-_GATHERED_BYTES = 1 << 20  # on a CPU: copies that stay in the cache
+_GATHERED_BYTES = 1 << 28  # on a CPU: Inductor reads the matrices in place, the interpreted form copies them
+_GATHERED_PASSES = 3.0  # on a CPU: how often a matrix may be read before a matmul an expert is faster (measured)
 _UNROLLED_EXPERTS = 16  # a graph of twelve nodes an expert
 
 
@@ -94,7 +95,13 @@ def _accepts_gathered(call: Call, arch: Arch) -> Verdict:
     rows = _rows(call)
     if arch.is_cuda and rows > _GATHERED_ROWS:
         return No(f"would copy the matrices of {rows} rows")
-    if not arch.is_cuda and rows * _matrix_bytes(call) > _GATHERED_BYTES:
+    if arch.is_cuda:
+        return YES
+    experts, top_k = experts_of(call)[0], call.hint(call.topk_ids.shape[1])
+    hit = experts * (1.0 - (1.0 - min(1.0, top_k / experts)) ** call.hint(call.x.shape[0]))
+    if rows > _GATHERED_PASSES * hit:
+        return No(f"would read each expert's matrices {rows / hit:.1f} times")
+    if rows * _matrix_bytes(call) > _GATHERED_BYTES:
         return No(f"would copy {rows * _matrix_bytes(call) >> 20} MiB of matrices")
     return YES
 

@@ -7,7 +7,6 @@ matrices of the chosen experts alone and copies none.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sm12x_compile.ops._common import wide_dtype
@@ -41,30 +40,34 @@ def sorted_experts(
     stacked: bool = False,
 ) -> Tensor:
     """`sm12x::moe` of plain weights; see the op for the arguments."""
-    K, E, wide = topk_ids.shape[1], w2.shape[0], wide_dtype(x)
+    (T, _), K, E, wide = x.shape, topk_ids.shape[1], w2.shape[0], wide_dtype(x)
     ids = topk_ids.reshape(-1).long()
-    ids = torch.where((ids < 0) | (ids >= E), E, ids)
-    order = ids.argsort(stable=True)
-    tokens, weights = order // K, topk_weights.reshape(-1, 1).to(wide)[order]
-    rows = x[tokens]
+    experts, order = torch.where((ids < 0) | (ids >= E), E, ids).sort(stable=True)
+    ends = torch.bincount(experts, minlength=E + 1).cumsum(0).tolist()
+    used = ends[E - 1]
+    last = experts.clamp(max=E - 1)
+    weights = topk_weights.reshape(-1, 1).to(wide)[order]
+    rows = x[order // K]
     if weight_on == "input":
         rows = (rows * weights).to(x.dtype)
-    out = torch.zeros(x.shape, dtype=wide)
 
-    def linear(rows: Tensor, w: Tensor, bias: Tensor | None, e: int) -> Tensor:
-        matrix = w[e] if layout == "enk" else w[e].mT
-        return F.linear(rows, matrix.to(rows.dtype), None if bias is None else bias[e].to(rows.dtype))
+    def linear(rows: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        w = w if layout == "ekn" else w.mT
+        out = rows.new_empty(T * K, w.shape[2])
+        start = 0
+        for e, end in enumerate(ends[:E]):
+            if start < end:
+                torch.mm(rows[start:end], w[e].to(rows.dtype), out=out[start:end])
+                start = end
+        out[used:] = 0
+        return out.to(wide) if bias is None else out.to(wide) + bias[last].to(wide)
 
-    start = 0
-    for e, count in enumerate(torch.bincount(ids, minlength=E + 1)[:E].tolist()):
-        if not count:
-            continue
-        here = slice(start, start + count)
-        start += count
-        h = linear(rows[here], w13, w13_bias, e)
-        if w3 is not None:
-            h = torch.cat([h, linear(rows[here], w3, w3_bias, e)], dim=-1)
-        h = activate(h.to(wide), activation, gated, interleaved, alpha, limit).to(x.dtype)
-        y = linear(h, w2, w2_bias, e).to(wide)
-        out.index_add_(0, tokens[here], y if weight_on == "input" else y * weights[here])
-    return out.to(out_dtype or x.dtype)
+    h = linear(rows, w13, w13_bias)
+    if w3 is not None:
+        h = torch.cat([h, linear(rows, w3, w3_bias)], dim=-1)
+    y = linear(activate(h, activation, gated, interleaved, alpha, limit).to(x.dtype), w2, w2_bias)
+    if weight_on == "output":
+        y = y * weights
+    y[used:] = 0
+    placed = torch.empty_like(y).index_copy_(0, order, y)
+    return placed.view(T, K, -1).sum(1).to(out_dtype or x.dtype)
