@@ -37,20 +37,26 @@ class Splicer:
             share = not any(_is_mutable(inner) for inner in body.graph.nodes)
             before = set(self._shared.values())
             result = self._body(body, inputs, share)
-            if _base(result) in before:
+            if any(_base(r) in before for r in _results(result)):
                 # An equal call was inlined already: two results of the user's must not share memory.
                 result = self._body(body, inputs, share=False)
-        self.view.replace(node, result)
+        if isinstance(result, Node):
+            self.view.replace(node, result)
+        else:
+            for pick in list(node.users):  # an op with several results is read through getitem
+                self.view.replace(pick, result[pick.args[1]])  # type: ignore[index]
+                self.gm.graph.erase_node(pick)
         self.gm.graph.erase_node(node)
         return list(self._new)
 
-    def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Node:
+    def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Node | tuple[Node, ...]:
         replacement: dict[Node, Any] = dict(
             zip(body.graph.find_nodes(op="placeholder"), inputs.values(), strict=True)
         )
         for inner in body.graph.nodes:
             if inner.op == "output":
-                return torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])  # type: ignore[return-value]
+                found = torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])
+                return tuple(found) if isinstance(found, (list, tuple)) else found  # type: ignore[return-value, arg-type]
             if inner.op != "placeholder":
                 replacement[inner] = self._copy(body, inner, replacement, share)
         raise AssertionError("a traced kernel has an output")
@@ -113,6 +119,10 @@ def _folded(target: Any, args: tuple[Any, ...]) -> Node | None:
 def _is_mutable(node: Node) -> bool:
     """Whether a node writes: then what it is given is not the same when it comes again."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _results(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _base(result: Any) -> Any:

@@ -1,5 +1,5 @@
 """The patterns: one file a family, each stating its equation. Importing this package registers them."""
 
-from . import attention, mla, moe
+from . import attention, mla, moe, routing
 
-__all__ = ["attention", "mla", "moe"]
+__all__ = ["attention", "mla", "moe", "routing"]

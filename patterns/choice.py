@@ -90,7 +90,7 @@ def _masked(reader: Reader, args: tuple[Expr, ...], slot: Index) -> list[Choice]
     if _is_zero(reader, b):
         kept, picks = a, find_choices(reader, condition, slot)
     elif _is_zero(reader, a):
-        kept, picks = b, _unequal(reader, condition, slot)
+        kept, picks = b, unchosen(reader, condition, slot)
     else:
         return None
     if picks is None or any(c.any for c in picks):
@@ -98,7 +98,7 @@ def _masked(reader: Reader, args: tuple[Expr, ...], slot: Index) -> list[Choice]
     return picks if _is_one(kept) else [replace(c, factors=(*c.factors, kept)) for c in picks]
 
 
-def _unequal(reader: Reader, condition: Expr, slot: Index) -> list[Choice] | None:
+def unchosen(reader: Reader, condition: Expr, slot: Index) -> list[Choice] | None:
     """The indicator whose negation a condition is."""
     value = reader.meaning(condition) if isinstance(condition, Element) else condition
     if not isinstance(value, Apply):
