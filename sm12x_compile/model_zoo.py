@@ -102,6 +102,14 @@ _LATENT: dict[str, Any] = dict(
     v_head_dim=12, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
     first_k_dense_replace=1,
 )  # fmt: skip
+# Linear attention: two value heads share one head of q and k; every fourth layer is full attention.
+_LINEAR: dict[str, Any] = dict(
+    num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+    linear_value_head_dim=24,
+)  # fmt: skip
+_SPARSE: dict[str, Any] = dict(
+    num_experts=4, num_experts_per_tok=4, moe_intermediate_size=32, shared_expert_intermediate_size=32,
+)  # fmt: skip
 _VIT: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=32,
     patch_size=8, initializer_range=0.125,
@@ -129,6 +137,13 @@ FAMILIES: dict[str, Family] = {
         _decoder("glm4_moe_lite", **_LATENT),
         _decoder("kimi_linear", **{**_LATENT, "q_lora_rank": None, "n_routed_experts": None}, num_local_experts=4,
                  linear_head_dim=16, linear_num_heads=4, layer_types=["linear_attention", "full_attention"]),
+        _decoder("qwen3_next", **_LINEAR, **_SPARSE),
+        _decoder("qwen3_5_moe", config_name="qwen3_5_moe_text", **_LINEAR, **_SPARSE),
+        _decoder("mixtral", num_local_experts=4, num_experts_per_tok=4),
+        _decoder("olmoe", num_experts=4, num_experts_per_tok=4, norm_topk_prob=False),
+        _decoder("phimoe", num_local_experts=4, num_experts_per_tok=2),
+        _decoder("glm4_moe", moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+                 topk_group=1, first_k_dense_replace=1),
         Family("bert", "encoder", _ENCODER),
         Family("modernbert", "encoder", {**_ENCODER, **_MODERNBERT}),
         Family("t5", "text2text", _T5, layers=("num_layers", "num_decoder_layers")),
@@ -175,6 +190,7 @@ def build(
     name: str,
     *,
     attn: str | None = None,
+    experts: str | None = None,
     layers: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -186,6 +202,7 @@ def build(
     Args:
         name: a key of `FAMILIES`.
         attn: ``eager`` or ``sdpa``; None lets transformers choose.
+        experts: ``eager``, ``batched_mm`` or ``grouped_mm``; None lets transformers choose.
         layers: number of layers (of the encoder and of the decoder).
         changes: fields of the config to set otherwise.
 
@@ -202,6 +219,7 @@ def build(
             settings["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
     config = transformers.AutoConfig.for_model(chosen.config_name or chosen.name, **settings)
     wanted = {} if attn is None else {"attn_implementation": attn}
+    wanted |= {} if experts is None else {"experts_implementation": experts}
     with _seeded(seed):
         try:
             model = _auto_class(transformers, chosen.kind).from_config(config, **wanted)
