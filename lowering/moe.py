@@ -3,7 +3,7 @@
 Experts, in order of merit; kernels of Triton register here as well, above what PyTorch has:
 
     triton.*        few tokens: one pass over the chosen experts' matrices; many: a grouped matmul of our own
-    aten.unrolled   experts whose tensors are their own, and a step that reads all of them faster than it could stack them
+    aten.unrolled   experts whose tensors are their own, where reading all is faster than stacking them
     aten.gathered   a few rows: their experts' matrices copied, bmm
     aten.grouped    bf16: sorted rows, PyTorch's grouped matmul
     cpu.sorted      on the CPU: one matmul a chosen expert
@@ -117,7 +117,7 @@ def _accepts_grouped(call: Call, arch: Arch) -> Verdict:
         return No("PyTorch's grouped matmul wants sizes that are multiples of 8")
     for t in tensors[1:]:
         rows, columns = (call.hint(s) for s in t.stride()[-2:])
-        if not (columns == 1 and rows % 8 == 0 or rows == 1 and columns % 8 == 0):
+        if not ((columns == 1 and rows % 8 == 0) or (rows == 1 and columns % 8 == 0)):
             return No("PyTorch's grouped matmul wants dense matrices")
     return YES
 

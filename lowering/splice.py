@@ -110,7 +110,7 @@ def _folded(target: Any, args: tuple[Any, ...]) -> Node | None:
     if target is not aten.select.int or args[1] != 0 or not isinstance(args[2], int):
         return None
     whole = args[0]
-    if whole.target is not aten.stack.default or len(whole.args) > 1 and whole.args[1] != 0 or whole.kwargs:
+    if whole.target is not aten.stack.default or (len(whole.args) > 1 and whole.args[1] != 0) or whole.kwargs:
         return None
     part: Node = whole.args[0][args[2]]
     return part

@@ -101,8 +101,8 @@ def _factors(reader: Reader, expr: Expr, inner: Var) -> list[_Factor]:
         made = reader.meaning(value) if isinstance(value, Element) else value
         if isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS:
             value = made.args[0]
-        elif isinstance(made, Apply) and made.op == "where" and reader.is_zero(made.args[1]) and reader.is_guard(made.args[0]):
-            value = made.args[2]
+        elif (guarded := reader.behind_guard(made)) is not None:
+            value = guarded
         else:
             break
     if isinstance(made, Apply) and made.op == "mul":

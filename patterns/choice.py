@@ -62,7 +62,8 @@ def _of_apply(reader: Reader, expr: Apply, slot: Index) -> list[Choice] | None:
     if op == "eq":
         return _comparison(reader, expr, slot)
     if op == "cast":
-        return find_choices(reader, args[0], slot) if expr.detail in FLOATS or not expr.detail.is_floating_point else None
+        counts = expr.detail in FLOATS or not expr.detail.is_floating_point
+        return find_choices(reader, args[0], slot) if counts else None
     if op == "mul":
         for a, b in (args, args[::-1]):
             found = find_choices(reader, a, slot)

@@ -13,7 +13,7 @@ from sm12x_compile.graph_view import is_view
 from sm12x_compile.index_algebra.expr import args_of, operand
 from sm12x_compile.match import Refusal
 
-from .choice import CHOOSERS
+from .choice import CHOOSERS, Choice
 from .expert_weights import Weights
 from .experts import Block
 from .routed import FLOATS, Unreadable, is_grouped_mm
@@ -47,7 +47,7 @@ _PATIENCE, _TRIES = 3, 30
 class Found(NamedTuple):
     block: Block
     weights: Weights
-    choices: tuple[object, ...]
+    choices: tuple[Choice, ...]
 
 
 def selects_experts(anchor: Node) -> bool:
@@ -57,7 +57,7 @@ def selects_experts(anchor: Node) -> bool:
     if anchor.target in _GATHERS:
         if _picks_scores(anchor):
             return False
-        picks = args_of(anchor)[2] if anchor.target in (aten.gather.default, aten.index_select.default) else args_of(anchor)[1]
+        picks = args_of(anchor)[2 if anchor.target in (aten.gather.default, aten.index_select.default) else 1]
         places = [p for p in (picks if isinstance(picks, (list, tuple)) else [picks]) if p is not None]
         return any(_is_chosen(p) for p in places) or _feeds_product(anchor)
     number = args_of(anchor)[2] if "scatter" in str(anchor.target) else operand(anchor)
@@ -119,7 +119,7 @@ def search(anchor: Node, read: Callable[[Node], Found]) -> Found | Refusal | Non
 
 
 def _runs(anchor: Node) -> Iterator[list[Node]]:
-    """The values that may be the end, along the last reader of each; sums of sums together, since they may be a loop."""
+    """The values that may be the end, along the last reader of each; sums of sums (perhaps a loop) together."""
     run: list[Node] = []
     for node in _path(anchor):
         if node.target not in _ENDS or not _may_end(node):

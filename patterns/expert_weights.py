@@ -4,6 +4,7 @@ side by side, in the layout in which they are stored. Views only, but for expert
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -123,7 +124,8 @@ def _over(e: Expert, expert: Var) -> Expert:
             raise Unreadable(Refusal("the experts' matrices differ in how many experts they hold", element.node))
         return Element(element.node, tuple(Index.of(expert) if ix.has_datum() else ix for ix in element.index))
 
-    return replace(e, **{n: general(getattr(e, n)) for n in _NAMES})
+    changed: dict[str, Any] = {n: general(getattr(e, n)) for n in _NAMES}
+    return replace(e, **changed)
 
 
 def _unrolled(block: Block, common: list[Expert], inner: Var, width: Var) -> tuple[Weights, tuple[Choice, ...]]:

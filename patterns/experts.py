@@ -257,14 +257,13 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
     activation, between = read_activation(reader, hidden, inner, w2.node)
     choices = tuple(replace(c, factors=(*c.factors, *between)) for c in sum_.choices)
     if between and sum_.bias is not None:
-        raise Unreadable(Refusal("the routing weight stands before the second bias, which it then does not scale", node))
+        raise Unreadable(Refusal("the routing weight stands before the second bias and does not scale it", node))
     gate = _projection(reader, activation.gate, inner, sum_, node, tokens)
     up = _projection(reader, activation.up, inner, sum_, node, tokens) if activation.up is not None else None
     if up is not None:
         named = {up.width: Index.of(gate.width)}
-        same = same_size(up.width.extent, gate.width.extent) and up.x.subs(named) == gate.x and up.weights == gate.weights
-        same = same and up.casts == gate.casts
-        if not same:
+        same_input = up.x.subs(named) == gate.x and up.casts == gate.casts and up.weights == gate.weights
+        if not same_input or not same_size(up.width.extent, gate.width.extent):
             raise Unreadable(Refusal("gate and up are projections of different inputs", node))
         up = replace(up, matrix=up.matrix.subs(named))
     if gate.weights and (between or any(c.factors for c in choices)):
@@ -345,8 +344,8 @@ def _product(reader: Reader, expr: Expr, known: set[Var]) -> list[Expr]:
         return [expr]
     if value.op == "mul":
         return [f for a in value.args for f in _product(reader, a, known)]
-    if value.op == "where" and reader.is_zero(value.args[1]) and reader.is_guard(value.args[0]):
-        return _product(reader, value.args[2], known)
+    if (guarded := reader.behind_guard(value)) is not None:
+        return _product(reader, guarded, known)
     if value.op == "cast" and value.detail in FLOATS:
         inner = _product(reader, value.args[0], known)
         return inner if len(inner) > 1 else [expr]
@@ -361,8 +360,8 @@ def _uncast(reader: Reader, element: Element, known: set[Var]) -> tuple[Element,
         if at.vars() <= known and not any(ix.has_datum() for ix in at.index):
             return element, casts
         made = reader.meaning(at)
-        if isinstance(made, Apply) and made.op == "where" and reader.is_zero(made.args[1]) and reader.is_guard(made.args[0]):
-            inner = made.args[2]
+        if (guarded := reader.behind_guard(made)) is not None:
+            inner = guarded
         elif isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS:
             inner, casts = made.args[0], (made.detail, *casts)
         else:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from sm12x_compile.index_algebra import Apply, Datum, Element, Expr, Index, Number, Size, Var
-from sm12x_compile.index_algebra.expr import argument, operand
+from sm12x_compile.index_algebra.expr import argument
 from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, refine
 
@@ -164,15 +164,15 @@ class Emitter:
 
     def _weights(self, choice: Choice, x: Node) -> Node:
         """``[T, K]`` routing weights: the product of all factors."""
-        found: Node | None = None
-        for factor in choice.factors:
-            node = self._value(factor, choice)
-            found = node if found is None else self.graph.call(aten.mul.Tensor, found, node)
         dtype = x.meta["val"].dtype
-        if found is None or found.meta["val"].dim() == 0:
+        values = [self._value(factor, choice) for factor in choice.factors]
+        nodes = [v for v in values if isinstance(v, Node)]
+        if not nodes:
             shape = [self._extent(self.block.tokens), self._extent(choice.vars)]
-            ones = self.graph.call(aten.ones.default, shape, dtype=dtype, device=x.meta["val"].device)
-            found = ones if found is None else self.graph.call(aten.mul.Tensor, ones, found)
+            nodes = [self.graph.call(aten.ones.default, shape, dtype=dtype, device=x.meta["val"].device)]
+        found = nodes[0]
+        for value in (*nodes[1:], *(v for v in values if not isinstance(v, Node))):
+            found = self.graph.call(aten.mul.Tensor, found, value)
         if found.meta["val"].dtype not in FLOATS:
             found = self.graph.call(aten._to_copy.default, found, dtype=dtype)
         return found
@@ -205,7 +205,8 @@ class Emitter:
             return made.value
         if isinstance(made, Apply) and made.op == "cast":
             inner = self._value(made.args[0], choice)
-            return inner if not isinstance(inner, Node) else self.graph.call(aten._to_copy.default, inner, dtype=made.detail)
+            cast = isinstance(inner, Node)
+            return self.graph.call(aten._to_copy.default, inner, dtype=made.detail) if cast else inner
         if isinstance(made, Apply) and made.op == "mul":
             a, b = (self._value(x, choice) for x in made.args)
             if not isinstance(a, Node):

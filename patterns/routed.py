@@ -40,6 +40,7 @@ from .row_order import (
     counted,
     equal_nodes,
     inverse_of,
+    is_ascending,
     multiset,
     permutation_of,
     rows_of_index,
@@ -243,7 +244,7 @@ class Reader:
         """Whether ``ends[e]`` is how many of `ids` are at most e, for the experts 0..E-1."""
         rows = searched(ends)
         if rows is not None:
-            return equal_nodes(multiset(rows), multiset(ids)) and multiset(rows) is not rows
+            return is_ascending(rows) and equal_nodes(multiset(rows), multiset(ids))
         while ends.target is aten._to_copy.default:
             ends = operand(ends)
         if ends.target is not aten.cumsum.default or ends.meta["val"].dim() != 1:
@@ -444,6 +445,12 @@ class Reader:
         return isinstance(value, Number) and value.value == 0
 
     # ------------------------------------------------------------ rows outside of the experts
+
+    def behind_guard(self, made: Expr | None) -> Expr | None:
+        """What ``where(outside of the experts, 0, value)`` guards; None if it is no such thing."""
+        if not (isinstance(made, Apply) and made.op == "where" and self.is_zero(made.args[1])):
+            return None
+        return made.args[2] if self.is_guard(made.args[0]) else None
 
     def is_guard(self, condition: Expr) -> bool:
         """Whether a condition says that an integer the run decides is outside a range; it is remembered."""

@@ -18,7 +18,19 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Apply, Datum, Element, Expr, Index, Number, Position, Reduce, Size, Var, same_size
+from sm12x_compile.index_algebra import (
+    Apply,
+    Datum,
+    Element,
+    Expr,
+    Index,
+    Number,
+    Position,
+    Reduce,
+    Size,
+    Var,
+    same_size,
+)
 from sm12x_compile.index_algebra.expr import args_of, argument, operand, shape_of
 from sm12x_compile.index_algebra.index import divide_exactly
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite, refine
@@ -63,7 +75,8 @@ class _Routing:
             raise Unreadable
         self.topk, self.ids = found
         self.rank = len(self.ids.index)
-        if argument(self.topk, 2, "dim", -1) % self.rank != self.rank - 1 or not argument(self.topk, 3, "largest", True):
+        last = argument(self.topk, 2, "dim", -1) % self.rank == self.rank - 1
+        if not last or not argument(self.topk, 3, "largest", True):
             raise Unreadable(Refusal("experts are not chosen as the largest of the last dimension", self.topk))
         if self.ids.index[-1] != Index.of(choice):
             raise Unreadable(Refusal("the experts that are used are not all that top-k chose", self.topk))
@@ -168,9 +181,11 @@ class _Routing:
             raise Unreadable(Refusal("groups are not chosen as the largest of the last dimension", topk))
         score = self.reader.meaning(Element(operand(topk), (*ids.index[:-1], Index.of(group))))
         expected = self.reader.resolve(base.subs({self.experts: Index.of(group) * size + Index.of(member)}))
-        if isinstance(score, Reduce) and score.kind == "max" and isinstance(score.body, Element):
-            if self.reader.resolve(score.body.subs({score.var: Index.of(member)})) == expected:
-                return "max"
+        if (
+            isinstance(score, Reduce) and score.kind == "max" and isinstance(score.body, Element)
+            and self.reader.resolve(score.body.subs({score.var: Index.of(member)})) == expected
+        ):  # fmt: skip
+            return "max"
         if isinstance(score, Reduce) and score.kind == "sum" and isinstance(score.body, Element):
             best = self.reader.resolve(score.body)
             whole = operand(best.node) if best.node.target is operator.getitem and args_of(best.node)[1] == 0 else None
@@ -193,11 +208,12 @@ class _Routing:
             made = self.reader.meaning(expr) if isinstance(expr, Element) else expr
             if isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS:
                 expr = made.args[0]
-            elif isinstance(made, Apply) and made.op in ("mul", "div") and (number := self._number(made.args[1])) is not None:
-                scaling = scaling * number if made.op == "mul" else scaling / number
-                expr = made.args[0]
-            else:
+                continue
+            number = self._number(made.args[1]) if isinstance(made, Apply) and made.op in ("mul", "div") else None
+            if number is None or not isinstance(made, Apply):
                 break
+            scaling = scaling * number if made.op == "mul" else scaling / number
+            expr = made.args[0]
         if isinstance(made, Apply) and made.op == "div" and isinstance(made.args[0], Element):
             eps = self._sum_and_eps(made.args[0], made.args[1], scores)
             self._check_chosen(made.args[0], scores)
@@ -239,7 +255,7 @@ class _Routing:
                 at = scores.own.subs({self.experts: element.index[-1]})
                 if self.reader.resolve(Element(at.node, at.index)) == element:
                     return
-        raise Unreadable(Refusal("the routing weights are not the scores of the experts that were chosen", self.weights))
+        raise Unreadable(Refusal("the routing weights are not the scores of the chosen experts", self.weights))
 
     def _check_softmax_of_chosen(self, expr: Expr) -> None:
         element = self.reader.resolve(expr) if isinstance(expr, Element) else None
@@ -255,7 +271,8 @@ class _Routing:
                 values = chosen.node.target is operator.getitem and args_of(chosen.node) == (self.topk, 0)
                 if (values and chosen.index == self.ids.index) or self._is_gathered_logit(chosen):
                     return
-        raise Unreadable(Refusal("experts are chosen by logits whose weights are no softmax of the chosen ones", self.weights))
+        reason = "experts are chosen by logits, and their weights are no softmax of the chosen ones"
+        raise Unreadable(Refusal(reason, self.weights))
 
     def _is_gathered_logit(self, chosen: Element) -> bool:
         at = self.reader.resolve(Element(operand(self.topk), (*self.row, Index.of(Datum(self.ids)))))
@@ -293,8 +310,11 @@ def moe_route(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     tags |= {"scaling": shares.scaling} if shares.scaling != 1.0 else {}
     chosen = [u for u in routing.topk.users if u.target is operator.getitem]
     values = [u for u in chosen if args_of(u)[1] == 0]
-    if any(not _only_reaches(v, routing.weights) for v in values):
+    if any(not _only_reaches(v, {routing.weights}) for v in values):
         return Refusal("the scores that top-k found are read elsewhere, too", values[0], tags)
+    in_order = argument(routing.topk, 4, "sorted", True)
+    if not in_order and any(not _only_reaches(v, {routing.weights, anchor}) for v in chosen):
+        return Refusal("the choices are in no given order (sorted=False) and read elsewhere, too", routing.topk, tags)
     try:
         with graph.graph.inserting_before(max(chosen).next):
             return _rewritten(graph, routing, scores, shares, chosen, tags)
@@ -302,11 +322,12 @@ def moe_route(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
         return Refusal(f"no view expresses an operand of the routing: {why}", anchor, tags)
 
 
-def _only_reaches(node: Node, target: Node) -> bool:
-    if node is target:
+def _only_reaches(node: Node, ends: set[Node]) -> bool:
+    """Whether all that is computed from a value ends in one of these, or nowhere."""
+    if node in ends:
         return True
     writes = node.target is aten.copy_.default
-    return node.op == "call_function" and not writes and all(_only_reaches(u, target) for u in node.users)
+    return node.op == "call_function" and not writes and all(_only_reaches(u, ends) for u in node.users)
 
 
 def _rewritten(

@@ -144,14 +144,16 @@ def multiset(node: Node) -> Node:
     while True:
         if sorted_of(node) is not None:
             node = args_of(operand(node))[0]
-        elif node.target in _REORDERS:
-            node = operand(node)
-        elif node.target is aten._to_copy.default and node.meta["val"].dtype in _EXACT:
-            node = operand(node)
-        elif node.target is aten.index.Tensor and _is_permuted(node):
+        elif node.target in _REORDERS or _is_exact_cast(node) or _is_permuted(node):
             node = operand(node)
         else:
             return node
+
+
+def _is_exact_cast(node: Node) -> bool:
+    if node.target is not aten._to_copy.default or node.meta["val"].dtype not in _EXACT:
+        return False
+    return not operand(node).meta["val"].dtype.is_floating_point
 
 
 _REORDERS = {
@@ -162,11 +164,23 @@ _REORDERS = {
 
 
 def _is_permuted(node: Node) -> bool:
+    if node.target is not aten.index.Tensor:
+        return False
     source, places = args_of(node)[:2]
     return (
         source.meta["val"].dim() == 1 and len(places) == 1 and permutation_of(places[0]) is not None
         and _same_shape(source, places[0])
     )  # fmt: skip
+
+
+def is_ascending(node: Node) -> bool:
+    """Whether a 1-D tensor is sorted: by `sort`, or by the permutation that sorts it."""
+    if sorted_of(node) is not None:
+        return True
+    if not _is_permuted(node):
+        return False
+    found = permutation_of(args_of(node)[1][0])
+    return found is not None and not found[1] and equal_nodes(found[0], operand(node))
 
 
 def counted(counts: Node) -> tuple[Node, int] | None:

@@ -85,7 +85,8 @@ def module_list_of_mlps():
     class MLP(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w1, self.w2, self.w3 = nn.Linear(D, H, bias=False), nn.Linear(H, D, bias=False), nn.Linear(D, H, bias=False)
+            self.w1, self.w3 = nn.Linear(D, H, bias=False), nn.Linear(D, H, bias=False)
+            self.w2 = nn.Linear(H, D, bias=False)
 
         def forward(self, x):
             return self.w2(F.silu(self.w1(x)) * self.w3(x))

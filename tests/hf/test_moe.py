@@ -1,7 +1,7 @@
 """Every mixture of experts of the Hugging Face models that have one: site by site, with its routing.
 
-Under ``batched_mm`` the weights are gathered, under ``grouped_mm`` (the default) rows are sorted; in fp32 the latter is an
-opaque op. The numbers are held to the bounds of `test_coverage`.
+Under ``batched_mm`` the weights are gathered, under ``grouped_mm`` (the default) rows are sorted; in fp32 the latter
+is an opaque op. The numbers are held to the bounds of `test_coverage`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,14 @@ ROUTING: dict[str, tuple[int, dict[str, Any] | None]] = {
     "olmoe": (2, _SOFTMAX),
     "phimoe": (2, None),
 }
+SMALL: dict[str, dict[str, Any]] = {
+    name: dict(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    for name in ("qwen3_next", "qwen3_5_moe")
+}
 FORMS = {None: "grouped", "grouped_mm": "grouped", "batched_mm": "gathered"}
 _GPT_OSS = {
-    "activation": "swiglu_oai", "layout": "ekn", "gate_and_up": "interleaved", "bias": True, "limit": 7.0, "alpha": 1.702,
+    "activation": "swiglu_oai", "layout": "ekn", "gate_and_up": "interleaved", "bias": True, "limit": 7.0,
+    "alpha": 1.702,
 }  # fmt: skip
 
 ALL = list(itertools.product(ROUTING, PHASES, FORMS, ("fp32", "bf16")))
@@ -59,7 +64,8 @@ def sites_of(report: Report, pattern: str, graph: int) -> list[Site]:
 
 def check(model: str, phase: str, experts: str | None, precision: str) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    job = workload(model, phase, experts=experts, dtype=dtype, batch=2, layers=2)  # type: ignore[arg-type]
+    settings = dict(experts=experts, dtype=dtype, batch=2, **SMALL.get(model, {}))
+    job = workload(model, phase, **settings)  # type: ignore[arg-type]
     outputs, report = run_compiled(job)
     assert not report.graph_breaks
     layers, routing = ROUTING[model]

@@ -19,7 +19,9 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "E": (4, 5),
     "D": (6, 8),
     "I": (4, 6),
-    "form": ("gathered", "matvec", "embedded", "dense", "batched", "loop", "own", "grouped", "grouped", "slots", "picked"),
+    "form": (
+        "gathered", "matvec", "embedded", "dense", "batched", "loop", "own", "grouped", "grouped", "slots", "picked",
+    ),
     "routing": ("softmax", "renormalised", "of_chosen", "sigmoid", "groups", "given"),
     "picking": ("equal", "where", "one_hot", "scatter", "scatter_add"),
     "sorting": ("argsort", "sort", "k_major"),
@@ -339,12 +341,15 @@ def _loop(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: list
 
 def _grouped(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: list[Tensor]) -> Tensor:
     w13, w3, w2 = matrices(spec, t)
-    E, T, K = spec.E, x.shape[0], ids.shape[1]
+    T, K = x.shape[0], ids.shape[1]
     major = spec.sorting == "k_major"
     flat, shares = (ids.T.reshape(-1), p.T.reshape(-1)) if major else (ids.reshape(-1), p.reshape(-1))
     descending = spec.has("sorted_descending")
-    values, order = flat.sort(descending=descending) if spec.sorting == "sort" else (None, flat.argsort(descending=descending))
-    values = flat[order] if values is None else values
+    if spec.sorting == "sort":
+        values, order = flat.sort(descending=descending)
+    else:
+        order = flat.argsort(descending=descending)
+        values = flat[order]
     ends = _ends(spec, t["ids"].reshape(-1) if spec.has("ends_of_other_ids") else flat, values)
     token = order % T if major != spec.has("token_is_remainder") else order // K
     rows, shares = x[token], shares[order]
@@ -360,7 +365,8 @@ def _grouped(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: l
         return out + bias[values] if spec.bias else out
 
     h = linear(rows, w13, t["b13"])
-    up = linear(t["other"][token] if spec.has("up_of_other_input") else rows, w3, t["b3"]) if spec.gate == "apart" else None
+    others = t["other"][token] if spec.has("up_of_other_input") else rows
+    up = linear(others, w3, t["b3"]) if spec.gate == "apart" else None
     h = between(spec, t, shares[:, None], activate(spec, h, up))
     if spec.has("hidden_returned"):
         extra.append(h)
