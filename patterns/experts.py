@@ -21,7 +21,8 @@ from sm12x_compile.match import Refusal
 
 from .activation import Activation, read_activation
 from .choice import Choice, are_distinct, find_choices
-from .routed import FLOATS, Reader, Term, Unreadable, rename
+from .products import Term, rename, terms
+from .routed import FLOATS, Reader, Unreadable
 
 aten = torch.ops.aten
 
@@ -83,7 +84,7 @@ def read_block(node: Node, anchor: Node) -> Block:
     tokens = tuple(v for v, s in zip(tokens, shape, strict=False) if s != 1)
     sums: list[_Sum] = []
     # Matrices before biases, which may be chosen by clamped ids.
-    for term in sorted(reader.terms(Element(node, index), feature), key=lambda t: -len(t.vars)):
+    for term in sorted(terms(reader, Element(node, index), feature), key=lambda t: -len(t.vars)):
         _collect(reader, sums, term, tokens, feature)
     if not sums:
         raise Unreadable
@@ -293,7 +294,7 @@ def _projection(
     """``sum over k of w[e, i, k] * x[t, k] + b[e, i]``"""
     found: _Projection | None = None
     bias: Element | None = None
-    for term in reader.terms(expr, inner):
+    for term in terms(reader, expr, inner):
         if not isinstance(term.main, Element):
             raise Unreadable(Refusal("what the experts' activation works on is no projection of their input", node))
         slot, main = _slot(reader, term.main)

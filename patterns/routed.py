@@ -8,8 +8,8 @@ A grouped matmul is then a plain sum whose weight is that of the row's expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from sm12x_compile.index_algebra import (
     step,
 )
 from sm12x_compile.index_algebra.expr import args_of, argument, broadcast, operand, shape_of
-from sm12x_compile.index_algebra.index import add, divide_exactly, same_size
+from sm12x_compile.index_algebra.index import divide_exactly, same_size
 from sm12x_compile.index_algebra.layout import layout_step
 from sm12x_compile.index_algebra.predicate import as_index
 from sm12x_compile.match import Refusal, refine
@@ -75,15 +75,6 @@ def is_grouped_mm(node: Node) -> bool:
 
 
 @dataclass(frozen=True)
-class Term:
-    """``sum over vars of main * product of factors``; `main` is the one that depends on the feature asked about."""
-
-    vars: tuple[Var, ...]
-    main: Expr | None
-    factors: tuple[Expr, ...]
-
-
-@dataclass(frozen=True)
 class Guard:
     """Rows whose `index` compares so with `bound` were set to zero."""
 
@@ -98,7 +89,6 @@ class Reader:
 
     def __init__(self, anchor: Node) -> None:
         self.anchor = anchor
-        self._early_sums = 0
         self.bound: dict[Var, tuple[Node, Index]] = {}
         self.guards: list[Guard] = []
         self.grouped = False
@@ -115,7 +105,7 @@ class Reader:
     def trail(self, element: Element) -> Iterator[Element]:
         """The element, and what it is of every tensor that it was moved from."""
         while True:
-            self._burn()
+            self.burn()
             element = Element(element.node, tuple(self.simplify(ix) for ix in element.index))
             yield element
             before = self._moved(element)
@@ -189,7 +179,7 @@ class Reader:
             self._rows[key], self.bound[row] = row, (perm, image)
         return self._rows[key]
 
-    def _burn(self) -> None:
+    def burn(self) -> None:
         self._fuel -= 1
         if self._fuel < 0:
             raise Unreadable
@@ -333,98 +323,7 @@ class Reader:
         choice, where = solved
         return choice, Index.of(self._row_of(perm.node, where))
 
-    # ------------------------------------------------------------ sums of products
-
-    def terms(self, expr: Expr, feature: Var) -> list[Term]:
-        """`expr` as a sum of products, as far as it is linear in what depends on `feature`."""
-        self._burn()
-        if isinstance(expr, Number):
-            return [] if expr.value == 0 else [Term((), None, (expr,))]
-        if not self.depends(expr, feature):
-            return [] if self.is_zero(expr) else [Term((), None, (expr,))]
-        if isinstance(expr, Element):
-            return self._terms_of_element(expr, feature)
-        if isinstance(expr, Reduce) and expr.kind == "sum":
-            return [_summed(t, expr.var) for t in self.terms(expr.body, feature)]
-        if isinstance(expr, Cases):
-            return self._pieces(expr, feature)
-        if isinstance(expr, Apply):
-            return self._terms_of_apply(expr, feature)
-        return [Term((), expr, ())]
-
-    def _terms_of_element(self, element: Element, feature: Var) -> list[Term]:
-        made = self.meaning(element)
-        if made is None:
-            return [Term((), element, ())]
-        if isinstance(made, Apply) and made.op == "cast":
-            # A weight that the user rounds is the rounded one; one that is widened is what it was.
-            inner = made.args[0]
-            leaf = isinstance(inner, Element) and self.meaning(inner) is None
-            if leaf and made.detail.itemsize < inner.node.meta["val"].dtype.itemsize:  # type: ignore[union-attr]
-                return [Term((), element, ())]
-        if isinstance(made, Cases) and all(
-            isinstance(e, Element) and self.meaning(e) is None for _, _, e in made.pieces
-        ):
-            return [Term((), element, ())]  # weights that the user put together
-        return self.terms(made, feature)
-
-    def _terms_of_apply(self, expr: Apply, feature: Var) -> list[Term]:
-        opaque = [Term((), expr, ())]
-        if expr.op == "cast":
-            return self.terms(expr.args[0], feature) if expr.detail in FLOATS else opaque
-        if expr.op == "add":
-            return self._added(expr, feature)
-        if expr.op == "mul":
-            a, b = expr.args
-            if self.depends(a, feature) and self.depends(b, feature):
-                return opaque
-            if self.depends(b, feature):
-                a, b = b, a
-            return [Term(t.vars, t.main, (*t.factors, b)) for t in self.terms(a, feature)]
-        if expr.op == "where":
-            return self._chosen(expr, feature)
-        return opaque
-
-    def _added(self, expr: Apply, feature: Var) -> list[Term]:
-        """Both sides of a sum; of what comes before the anchor, biases but not the whole residual stream."""
-        early = expr.node < self.anchor
-        self._early_sums += early
-        if self._early_sums > 2:
-            raise Unreadable
-        a, b = (self.terms(x, feature) for x in expr.args)
-        self._early_sums -= early
-        return a + b
-
-    def _chosen(self, expr: Apply, feature: Var) -> list[Term]:
-        """``where(c, a, 0)`` multiplies by c; ``where(c, b + a, b)`` adds that to b."""
-        condition, a, b = expr.args
-        if self.depends(condition, feature):
-            return [Term((), expr, ())]
-        if self.is_zero(b):
-            return [Term(t.vars, t.main, (*t.factors, condition)) for t in self.terms(a, feature)]
-        if self.is_zero(a):
-            if self.is_guard(condition):
-                return self.terms(b, feature)
-            inverted = Apply("not", (condition,), expr.node)
-            return [Term(t.vars, t.main, (*t.factors, inverted)) for t in self.terms(b, feature)]
-        sum_ = self.meaning(a) if isinstance(a, Element) else a
-        if isinstance(sum_, Apply) and sum_.op == "add" and isinstance(b, Element):
-            for old, new in (sum_.args, sum_.args[::-1]):
-                if isinstance(old, Element) and self.resolve(old) == self.resolve(b):
-                    added = [Term(t.vars, t.main, (*t.factors, condition)) for t in self.terms(new, feature)]
-                    return self.terms(old, feature) + added
-        return [Term((), expr, ())]
-
-    def _pieces(self, cases: Cases, feature: Var) -> list[Term]:
-        """A stack of results, one for each value of a variable that is summed over."""
-        var = cases.index.var
-        if var is None or any(high != add(low, 1) or not isinstance(low, int) for low, high, _ in cases.pieces):
-            return [Term((), cases, ())]
-        found: list[Term] = []
-        for low, _, piece in cases.pieces:
-            indicator = Apply("at", (Position(Index.of(var)), Number(low)), _node_of(piece))
-            found += [Term(t.vars, t.main, (*t.factors, indicator)) for t in self.terms(piece, feature)]
-        return found
+    # ------------------------------------------------------------ what an expression depends on
 
     def depends(self, expr: Expr, var: Var) -> bool:
         if isinstance(expr, Element):
@@ -464,38 +363,6 @@ class Reader:
         if isinstance(value, Apply) and value.op == "or":
             return all(self.is_guard(a) for a in value.args)
         return False
-
-
-def rename(expr: Expr, named: Mapping[Var, Index]) -> Expr:
-    """An expression with variables replaced."""
-    if isinstance(expr, Element):
-        return expr.subs(named)
-    if isinstance(expr, Position):
-        return Position(expr.index.subs(named))
-    if isinstance(expr, Apply):
-        return replace(expr, args=tuple(rename(a, named) for a in expr.args))
-    if isinstance(expr, Reduce):
-        return replace(expr, body=rename(expr.body, named))
-    if isinstance(expr, Cases):
-        pieces = tuple((low, high, rename(e, named)) for low, high, e in expr.pieces)
-        return Cases(expr.index.subs(named), pieces)
-    return expr
-
-
-def _summed(term: Term, var: Var) -> Term:
-    """``sum over var of [var == n] * term`` is the term at n."""
-    for f in term.factors:
-        if isinstance(f, Apply) and f.op == "at" and f.args[0] == Position(Index.of(var)):
-            at = {var: Index(None, f.args[1].value)}  # type: ignore[union-attr]
-            main = None if term.main is None else rename(term.main, at)
-            return Term(term.vars, main, tuple(rename(g, at) for g in term.factors if g is not f))
-    return Term((*term.vars, var), term.main, term.factors)
-
-
-def _node_of(expr: Expr) -> Node:
-    if isinstance(expr, (Element, Apply, Reduce)):
-        return expr.node
-    raise Unreadable
 
 
 def _reduced(node: Node, index: tuple[Index, ...], kind: str) -> Expr | None:
