@@ -177,11 +177,11 @@ def chooser(ids: Index) -> tuple[Node, Element] | None:
 
 def are_distinct(choice: Choice) -> bool:
     """Whether no expert is chosen twice for one token, as the variables of the choice run."""
-    if not choice.vars:
+    if all(v.extent == 1 for v in choice.vars):
         return True
     found = chooser(choice.ids)
     if found is None or len(choice.vars) != 1:
-        return found is not None and all(v.extent == 1 for v in choice.vars)
+        return False
     call, element = found
     if call.target in (aten.max.dim, aten.argmax.default):
         return same_size(choice.vars[0].extent, 1)

@@ -70,7 +70,8 @@ class _Routing:
     def __init__(self, call: Node, reader: Reader, tokens: Var, choice: Var) -> None:
         self.moe, self.reader, self.tokens, self.choice = call, reader, tokens, choice
         ids, self.weights = args_of(call)[1:3]
-        found = chooser(reader.index_of(Element(ids, (Index.of(tokens), Index.of(choice)))) or Index())
+        self.place = (_at(tokens), _at(choice))
+        found = chooser(reader.index_of(Element(ids, self.place)) or Index())
         if found is None or found[0].target is not aten.topk.default:
             raise Unreadable
         self.topk, self.ids = found
@@ -78,13 +79,12 @@ class _Routing:
         last = argument(self.topk, 2, "dim", -1) % self.rank == self.rank - 1
         if not last or not argument(self.topk, 3, "largest", True):
             raise Unreadable(Refusal("experts are not chosen as the largest of the last dimension", self.topk))
-        if self.ids.index[-1] != Index.of(choice):
+        if self.ids.index[-1] != self.place[1]:
             raise Unreadable(Refusal("the experts that are used are not all that top-k chose", self.topk))
         self.row = self.ids.index[:-1]
         self.experts = Var("e", shape_of(operand(self.topk))[-1])
         # The weights as the user made them, before they were laid out for the experts.
-        given = Element(self.weights, (Index.of(tokens), Index.of(choice)))
-        for seen in reader.trail(given):
+        for seen in reader.trail(Element(self.weights, self.place)):
             if seen.index == self.ids.index:
                 self.weights = seen.node
 
@@ -179,11 +179,11 @@ class _Routing:
         rank = len(shape_of(operand(topk)))
         if argument(topk, 2, "dim", -1) % rank != rank - 1 or not argument(topk, 3, "largest", True):
             raise Unreadable(Refusal("groups are not chosen as the largest of the last dimension", topk))
-        score = self.reader.meaning(Element(operand(topk), (*ids.index[:-1], Index.of(group))))
-        expected = self.reader.resolve(base.subs({self.experts: Index.of(group) * size + Index.of(member)}))
+        score = self.reader.meaning(Element(operand(topk), (*ids.index[:-1], _at(group))))
+        expected = self.reader.resolve(base.subs({self.experts: _at(group) * size + _at(member)}))
         if (
             isinstance(score, Reduce) and score.kind == "max" and isinstance(score.body, Element)
-            and self.reader.resolve(score.body.subs({score.var: Index.of(member)})) == expected
+            and self.reader.resolve(score.body.subs({score.var: _at(member)})) == expected
         ):  # fmt: skip
             return "max"
         if isinstance(score, Reduce) and score.kind == "sum" and isinstance(score.body, Element):
@@ -193,7 +193,7 @@ class _Routing:
                 isinstance(whole, Node) and whole.target is aten.topk.default and args_of(whole)[1] == 2
                 and argument(whole, 2, "dim", -1) % len(best.index) == len(best.index) - 1
                 and argument(whole, 3, "largest", True)
-                and self.reader.resolve(Element(operand(whole), (*best.index[:-1], Index.of(member)))) == expected
+                and self.reader.resolve(Element(operand(whole), (*best.index[:-1], _at(member)))) == expected
                 and score.var.extent == 2
             ):  # fmt: skip
                 return "top2_sum"
@@ -202,7 +202,7 @@ class _Routing:
     # ------------------------------------------------------------ weights
 
     def shares(self, scores: Scores) -> Shares:
-        expr: Expr = Element(args_of(self.moe)[2], (Index.of(self.tokens), Index.of(self.choice)))
+        expr: Expr = Element(args_of(self.moe)[2], self.place)
         scaling = 1.0
         while True:
             made = self.reader.meaning(expr) if isinstance(expr, Element) else expr
@@ -234,7 +234,7 @@ class _Routing:
                 eps, made = float(number), made.args[0]
                 made = self.reader.meaning(made) if isinstance(made, Element) else made
         if isinstance(made, Reduce) and made.kind == "sum" and isinstance(made.body, Element):
-            here = self.reader.resolve(made.body.subs({made.var: Index.of(self.choice)}))
+            here = self.reader.resolve(made.body.subs({made.var: self.place[1]}))
             if same_size(made.var.extent, self.choice.extent) and here == self.reader.resolve(above):
                 return eps
         raise Unreadable(Refusal("the routing weights are divided by something else than their sum", self.weights))
@@ -285,6 +285,11 @@ class _Routing:
         if isinstance(made, Position) and made.index.is_const and isinstance(made.index.const, int):
             return float(made.index.const)
         return made.value if isinstance(made, Number) else None
+
+
+def _at(var: Var) -> Index:
+    """A dimension's index: the algebra knows that of a dimension of size 1."""
+    return Index() if var.extent == 1 else Index.of(var)
 
 
 def _divisors(size: Size) -> list[int]:

@@ -148,7 +148,8 @@ def test_which_form(arch: str, tokens: int, dtype: torch.dtype, sizes: dict[str,
 
 def test_nothing_that_waits_for_a_gpu() -> None:
     """On a GPU the form that reads row counts declines, in words."""
-    given = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in arguments(CASES["silu"], torch.float32).items()}
+    given = arguments(CASES["silu"], torch.float32)
+    given = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in given.items()}
     (kernel,) = (k for k in kernels("moe") if k.name == "cpu.sorted")
     verdict = kernel.accepts(Call("moe", defaults(given)), by_name("rtx5090"))
     assert not verdict and "wait for the GPU" in verdict.reason  # type: ignore[union-attr]
