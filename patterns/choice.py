@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Apply, Datum, Element, Expr, Index, Number, Reduce, Var, same_size
+from sm12x_compile.index_algebra import Apply, Datum, Element, Expr, Index, Number, Reduce, Size, Var, same_size
 from sm12x_compile.index_algebra.expr import args_of, argument, operand, shape_of
 from sm12x_compile.match import Refusal
 
@@ -192,15 +192,20 @@ def are_distinct(choice: Choice) -> bool:
     return moving == [dim] and set(element.index[dim].terms) == {choice.vars[0]}
 
 
-def are_in_range(choice: Choice, experts: object) -> bool:
-    """Whether the ids are the indices of a dimension with that many entries, so none lies outside."""
-    found = chooser(choice.ids)
+def chosen_from(ids: Index) -> Size | None:
+    """How many entries the dimension has whose indices `ids` are."""
+    found = chooser(ids)
     if found is None:
-        return False
-    call, _ = found
-    shape = shape_of(operand(call))
-    dim = argument(call, 2 if call.target is aten.topk.default else 1, "dim", -1)
-    return dim is not None and same_size(shape[dim % len(shape)], experts)  # type: ignore[arg-type]
+        return None
+    shape = shape_of(operand(found[0]))
+    dim = argument(found[0], 2 if found[0].target is aten.topk.default else 1, "dim", -1)
+    return None if dim is None else shape[dim % len(shape)]
+
+
+def are_in_range(choice: Choice, experts: Size) -> bool:
+    """Whether the ids are the indices of a dimension with that many entries, so none lies outside."""
+    size = chosen_from(choice.ids)
+    return size is not None and same_size(size, experts)
 
 
 def _is_one(expr: Expr) -> bool:

@@ -165,11 +165,26 @@ class Reader:
             inverse = inverse_of(last.node)
             if inverse is not None:
                 return Index.of(self._row_of(inverse, last.index[0]))
+        if last.node.target is aten.clamp.default:
+            inside = self._unclamped(last)
+            if inside is not None:
+                return inside
         if isinstance(step(last), (Apply, Position, Number)):
             value = as_index(last)
             if value is not None and value != Index.of(Datum(last)):
                 return self.simplify(value)
         return Index.of(Datum(last))
+
+    def _unclamped(self, element: Element) -> Index | None:
+        """What an integer is that was clamped to a range which it cannot leave: the place of a maximum."""
+        from .choice import chosen_from
+
+        low, high = argument(element.node, 1, "min"), argument(element.node, 2, "max")
+        inside = self.index_of(Element(operand(element.node), element.index))
+        size = None if inside is None else chosen_from(inside)
+        if not isinstance(size, int) or (low is not None and low > 0) or (high is not None and high < size - 1):
+            return None
+        return inside
 
     def _row_of(self, perm: Node, image: Index) -> Var:
         """The row at which a permutation holds `image`."""

@@ -139,7 +139,10 @@ def smallest(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     "router",
-    [rounded_before_the_choice, weights_with_the_bias, sigmoid_of_chosen_logits, divided_by_all, scores_of_others, smallest],
+    [
+        rounded_before_the_choice, weights_with_the_bias, sigmoid_of_chosen_logits, divided_by_all, scores_of_others,
+        smallest,
+    ],
 )  # fmt: skip
 def test_is_left_with_a_reason(router: Router) -> None:
     (site,) = [s for s in run(router, 5).sites if s.pattern == "moe_route"]
