@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from itertools import count
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from sm12x_compile.graph_view import GraphView, is_view
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Kernel
+
+aten = torch.ops.aten
 
 
 class Splicer:
@@ -37,25 +38,26 @@ class Splicer:
             share = not any(_is_mutable(inner) for inner in body.graph.nodes)
             before = set(self._shared.values())
             result = self._body(body, inputs, share)
-            if any(_base(r) in before for r in torch.utils._pytree.tree_leaves(result)):
+            if any(_base(r) in before for r in _results(result)):
                 # An equal call was inlined already: two results of the user's must not share memory.
                 result = self._body(body, inputs, share=False)
         if isinstance(result, Node):
             self.view.replace(node, result)
-        else:  # several results, each read by its number
-            for user in [u for u in node.users if u.target is operator.getitem]:
-                self.view.replace(user, result[user.args[1]])
-                self.gm.graph.erase_node(user)
+        else:
+            for pick in list(node.users):  # an op with several results is read through getitem
+                self.view.replace(pick, result[pick.args[1]])  # type: ignore[index]
+                self.gm.graph.erase_node(pick)
         self.gm.graph.erase_node(node)
         return list(self._new)
 
-    def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Any:
+    def _body(self, body: GraphModule, inputs: dict[str, Node], share: bool) -> Node | tuple[Node, ...]:
         replacement: dict[Node, Any] = dict(
             zip(body.graph.find_nodes(op="placeholder"), inputs.values(), strict=True)
         )
         for inner in body.graph.nodes:
             if inner.op == "output":
-                return torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])
+                found = torch.fx.node.map_arg(inner.args[0], lambda n: replacement[n])
+                return tuple(found) if isinstance(found, (list, tuple)) else found  # type: ignore[return-value, arg-type]
             if inner.op != "placeholder":
                 replacement[inner] = self._copy(body, inner, replacement, share)
         raise AssertionError("a traced kernel has an output")
@@ -72,6 +74,9 @@ class Splicer:
             copied = self.gm.graph.get_attr(name)
             copied.meta["val"] = inner.meta.get("val")
             return copied
+        folded = _folded(inner.target, args)
+        if folded is not None:
+            return folded
         key = (inner.target, repr((args, kwargs)))
         if share and key in self._shared and self._shared[key] < self._before:
             return self._shared[key]
@@ -101,9 +106,24 @@ class Splicer:
         return body
 
 
+def _folded(target: Any, args: tuple[Any, ...]) -> Node | None:
+    """``stack(parts)[n]`` is a part: nothing needs to be stacked for it."""
+    if target is not aten.select.int or args[1] != 0 or not isinstance(args[2], int):
+        return None
+    whole = args[0]
+    if whole.target is not aten.stack.default or (len(whole.args) > 1 and whole.args[1] != 0) or whole.kwargs:
+        return None
+    part: Node = whole.args[0][args[2]]
+    return part
+
+
 def _is_mutable(node: Node) -> bool:
     """Whether a node writes: then what it is given is not the same when it comes again."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _results(result: Any) -> tuple[Any, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 def _base(result: Any) -> Any:

@@ -141,6 +141,11 @@ FAMILIES: dict[str, Family] = {
         _decoder("qwen3_5", config_name="qwen3_5_text", **_LINEAR),
         _decoder("qwen3_5_moe", config_name="qwen3_5_moe_text", **_LINEAR, **_SPARSE),
         _decoder("olmo_hybrid", **{**_LINEAR, "linear_num_value_heads": 2}),
+        _decoder("mixtral", num_local_experts=4, num_experts_per_tok=4),
+        _decoder("olmoe", num_experts=4, num_experts_per_tok=4, norm_topk_prob=False),
+        _decoder("phimoe", num_local_experts=4, num_experts_per_tok=2),
+        _decoder("glm4_moe", moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+                 topk_group=1, first_k_dense_replace=1),
         Family("bert", "encoder", _ENCODER),
         Family("modernbert", "encoder", {**_ENCODER, **_MODERNBERT}),
         Family("t5", "text2text", _T5, layers=("num_layers", "num_decoder_layers")),
@@ -187,6 +192,7 @@ def build(
     name: str,
     *,
     attn: str | None = None,
+    experts: str | None = None,
     layers: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -198,6 +204,7 @@ def build(
     Args:
         name: a key of `FAMILIES`.
         attn: ``eager`` or ``sdpa``; None lets transformers choose.
+        experts: ``eager``, ``batched_mm`` or ``grouped_mm``; None lets transformers choose.
         layers: number of layers (of the encoder and of the decoder).
         changes: fields of the config to set otherwise.
 
@@ -214,6 +221,7 @@ def build(
             settings["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
     config = transformers.AutoConfig.for_model(chosen.config_name or chosen.name, **settings)
     wanted = {} if attn is None else {"attn_implementation": attn}
+    wanted |= {} if experts is None else {"experts_implementation": experts}
     with _seeded(seed):
         try:
             model = _auto_class(transformers, chosen.kind).from_config(config, **wanted)

@@ -44,8 +44,9 @@ def test_explain_prints_the_table() -> None:
 
 def test_explain_json_has_the_whole_report() -> None:
     report = json.loads(call("explain", "gpt_oss", "--phase", "static", "--layers", "4", "--json").stdout)
-    assert [site["status"] for site in report["sites"]] == ["rewritten"] * 4
-    assert all(site["tags"]["sinks"] for site in report["sites"])
+    assert [site["status"] for site in report["sites"]] == ["rewritten"] * 12
+    attentions = [site for site in report["sites"] if site["pattern"] == "attention"]
+    assert len(attentions) == 4 and all(site["tags"]["sinks"] for site in attentions)
 
 
 def test_explain_plans_for_a_card_that_is_not_here() -> None:

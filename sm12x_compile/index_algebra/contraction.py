@@ -103,7 +103,7 @@ def _einsum(node: Node, index: Indices) -> Expr | None:
     equation, operands = args_of(node)[:2]
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     names = inputs.split(",")
-    if len(names) != len(operands) or len(operands) > 2:
+    if len(names) != len(operands):
         return None
     ranks = [len(shape_of(o)) for o in operands]
     extra = [r - len(n.replace("...", "")) for r, n in zip(ranks, names, strict=True)]
@@ -125,7 +125,9 @@ def _einsum(node: Node, index: Indices) -> Expr | None:
     for tensor, letters_ in zip(operands, spell, strict=True):
         sized = zip(letters_, shape_of(tensor), strict=True)
         elements.append(Element(tensor, tuple(Index() if s == 1 else where[c] for c, s in sized)))
-    body: Expr = elements[0] if len(elements) == 1 else Apply("mul", tuple(elements), node)
+    body: Expr = elements[0]
+    for element in elements[1:]:
+        body = Apply("mul", (body, element), node)
     for var in summed:
         body = Reduce("sum", var, body, node)
     return body

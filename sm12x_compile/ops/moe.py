@@ -56,6 +56,9 @@ def moe_fake(
     w2_global_scale: Tensor | None = None,
     fp8_block: int = 128,
     out_dtype: torch.dtype | None = None,
+    w3: Tensor | None = None,
+    w3_bias: Tensor | None = None,
+    stacked: bool = False,
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
@@ -65,17 +68,20 @@ def moe_cost(a: dict[str, Any]) -> Cost:
     x, ids, w13, w2 = a["x"], a["topk_ids"], a["w13"], a["w2"]
     T, K, E = x.shape[0], ids.shape[1], w13.shape[0]
     hit = E * (1.0 - (1.0 - min(K, E) / E) ** T)
-    weights = [w13, w2, *(a[n] for n in ("w13_bias", "w2_bias", "w13_scale", "w2_scale") if a[n] is not None)]
+    optional = ("w13_bias", "w2_bias", "w13_scale", "w2_scale", "w3", "w3_bias")
+    weights = [w13, w2, *(a[n] for n in optional if a[n] is not None)]
     per_expert = sum(w.numel() * w.element_size() for w in weights) / E
     moved = hit * per_expert + 2 * x.numel() * x.element_size()
     moved += sum(t.numel() * t.element_size() for t in (ids, a["topk_weights"]))
     packing = 2 if a["format"] in FP4_FORMATS else 1
-    return Cost(bytes=moved, flops=2.0 * T * K * packing * (w13.numel() + w2.numel()) / E)
+    up = 0 if a["w3"] is None else a["w3"].numel()
+    return Cost(bytes=moved, flops=2.0 * T * K * packing * (w13.numel() + up + w2.numel()) / E)
 
 
-def _activate(
+def activate(
     h: Tensor, activation: str, gated: bool, interleaved: bool, alpha: float, limit: float | None
 ) -> Tensor:
+    """What stands between the two matrices: ``[..., N]`` to ``[..., I]``, in the dtype of `h`."""
     if not gated:
         return _nonlinearity(h, activation)
     gate, up = (h[..., 0::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)
@@ -142,10 +148,15 @@ def _check_moe(a: dict[str, Any]) -> None:
     elif a["w13_scale"] is not None or a["w2_scale"] is not None:
         raise ValueError("sm12x::moe: bf16 weights have no scales")
     packing = 2 if format in FP4_FORMATS else 1
+    apart = a["w3"] is not None
+    if apart and (format != "bf16" or not a["gated"] or a["interleaved"] or a["w3"].shape != w13.shape):
+        raise ValueError("sm12x::moe: w3 needs plain weights of w13's shape, gated=True and interleaved=False")
+    if not apart and a["w3_bias"] is not None:
+        raise ValueError("sm12x::moe: w3_bias without w3")
     if layout == "ekn":
         w13, w2 = w13.mT, w2.mT
     (E, N, K), D, inner = w13.shape, x.shape[1], w2.shape[2] * packing
-    if packing * K != D or inner * (2 if a["gated"] else 1) != N or w2.shape[:2] != (E, D):
+    if packing * K != D or inner * (2 if a["gated"] and not apart else 1) != N or w2.shape[:2] != (E, D):
         raise ValueError(
             f"sm12x::moe: x {tuple(x.shape)}, w13 {tuple(a['w13'].shape)}, w2 {tuple(a['w2'].shape)} do not "
             f"fit (format={format!r}, layout={layout!r}, gated={a['gated']})"
@@ -175,6 +186,9 @@ def moe(
     w2_global_scale: Tensor | None = None,
     fp8_block: int = 128,
     out_dtype: torch.dtype | None = None,
+    w3: Tensor | None = None,
+    w3_bias: Tensor | None = None,
+    stacked: bool = False,
 ) -> Tensor:
     """Routed experts, eager reference (sorted by expert; fp32 inside, fp64 for fp64 inputs).
 
@@ -201,6 +215,11 @@ def moe(
         w13_global_scale, w2_global_scale: ``[E]``, ``nvfp4`` only; default 1.
         fp8_block: side of the blocks of fp8 scales.
         out_dtype: dtype of the result; default that of ``x``.
+        w3: the up projection where it is a tensor of its own, ``[E, I, D]`` (or transposed, as `layout` says);
+            ``w13`` is then the gate alone. Plain weights only.
+        w3_bias: ``[E, I]``, beside ``w3``.
+        stacked: the weights were put together for this call from tensors of the experts' own, so a kernel
+            that reads them pays for a copy of all experts. Changes no value.
 
     Returns:
         ``[T, D]``.
@@ -225,13 +244,17 @@ def moe(
         start += count
         tokens = choices // K
         h, p = x[tokens].to(wide), weights[choices]
+        given = p * h if weight_on == "input" else h
         h = F.linear(
-            p * h if weight_on == "input" else h,
+            given,
             _expert(w13, w13_scale, w13_global_scale, e, format, layout, fp8_block, wide),
             None if w13_bias is None else w13_bias[e].to(wide),
         )
+        if w3 is not None:
+            up = _expert(w3, None, None, e, format, layout, fp8_block, wide)
+            h = torch.cat([h, F.linear(given, up, None if w3_bias is None else w3_bias[e].to(wide))], dim=-1)
         h = F.linear(
-            _activate(h, activation, gated, interleaved, alpha, limit),
+            activate(h, activation, gated, interleaved, alpha, limit),
             _expert(w2, w2_scale, w2_global_scale, e, format, layout, fp8_block, wide),
             None if w2_bias is None else w2_bias[e].to(wide),
         )

@@ -62,6 +62,8 @@ def assert_sound(job: Workload, compiled: list[Tensor]) -> None:
 def sites_by_graph(report: Report) -> list[list[dict[str, object]]]:
     graphs: dict[int, list[dict[str, object]]] = {}
     for site in report.sites:
+        if site.pattern in ("moe", "moe_route"):  # see test_moe
+            continue
         graphs.setdefault(site.graph, []).append(checked_tags(site))
     return [graphs[index] for index in sorted(graphs)]
 
