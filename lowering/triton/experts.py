@@ -45,6 +45,10 @@ def moe_refusal(call: Call, arch: Arch) -> str | None:
         refusal = packed_refusal([w13, w2], [call.w13_scale, call.w2_scale])
         if refusal:
             return refusal
+    if call.w3 is not None:
+        refusal = apart_refusal((w13, call.w3), (call.w13_bias, call.w3_bias))
+        if refusal:
+            return refusal
     top_k = call.topk_ids.shape[1]
     if not isinstance(top_k, int) or top_k > MAX_TOP_K:
         return f"takes up to {MAX_TOP_K} experts a token, a number known while compiling, not {top_k}"
@@ -56,15 +60,15 @@ def moe_decode_refusal(call: Call, arch: Arch) -> str | None:
     refusal = moe_refusal(call, arch)
     if refusal:
         return refusal
-    tokens, weights = call.hint(call.x.shape[0]), (call.w13, call.w2)
+    tokens, weights = call.hint(call.x.shape[0]), (call.w13, call.w2, call.w3)
     if not reads_singly(arch, tokens, call.topk_ids.shape[1], call.w13.shape[0], expert_bytes(*weights)):
         return f"{tokens} tokens share experts, which it would read once for each of them"
     return None
 
 
-def expert_bytes(w13: Tensor, w2: Tensor) -> float:
+def expert_bytes(*weights: Tensor | None) -> float:
     """Bytes of one expert's weights, without scales and biases."""
-    return sum(w.shape[1] * w.shape[2] * w.element_size() for w in (w13, w2))
+    return sum(w.shape[1] * w.shape[2] * w.element_size() for w in weights if w is not None)
 
 
 def weight_refusal(
@@ -107,6 +111,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def apart_refusal(gate_up: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None]) -> str | None:
+    """Why gate and up cannot be read from two tensors, in one sentence, or None."""
+    (w13, w3), (bias, up_bias) = gate_up, biases
+    if w3.dtype != w13.dtype or w3.shape != w13.shape or w3.stride() != w13.stride():
+        return "gate and up lie differently in memory"
+    if (bias is None) != (up_bias is None):
+        return "only one of gate and up has a bias"
+    if bias is not None and up_bias is not None and (bias.stride(), bias.dtype) != (up_bias.stride(), up_bias.dtype):
+        return "the biases of gate and up lie differently in memory"
+    return None
+
+
 def scale_words(scale: Tensor) -> Tensor:
     """E8M0 scales as words of four, flat, where that can be; else their bytes."""
     scale = scale.view(torch.uint8)
@@ -116,15 +132,17 @@ def scale_words(scale: Tensor) -> Tensor:
 
 
 def weight_operands(
-    w: Tensor, scale: Tensor | None, bias: Tensor | None, split: bool = False, interleaved: bool = False
-) -> dict[str, Any]:
+    w: Tensor, scale: Tensor | None, bias: Tensor | None, split: bool = False, interleaved: bool = False,
+    apart: Tensor | None = None, apart_bias: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Arguments of the expert kernel for a weight ``[E, N, K]`` of any strides (packed: ``[E, N, K / 2]``).
 
     split: the rows are those of a gate and of up, halves or alternating; N is then the number of each.
+    apart: the weight of up where it is a tensor of its own, which lies as `w` does: the kernel wants its distance.
     """
     a: dict[str, Any] = {"scale": None, "stride_se": None, "stride_sn": None, "stride_sup": None, "ALIGNED": False}
     a |= {"bias": bias, "stride_be": None, "stride_bn": None, "stride_bup": None}
-    rows = w.shape[1] // 2 if split else w.shape[1]
+    rows = w.shape[1] // 2 if split and apart is None else w.shape[1]
     step, up = (2, 1) if interleaved else (1, rows)
     if scale is not None:
         w = w.view(torch.uint8)
@@ -136,6 +154,10 @@ def weight_operands(
         a["stride_bn"], a["stride_bup"] = step * row, up * row
     a["w"], (a["stride_we"], row, a["stride_wk"]) = w, w.stride()
     a["stride_wn"], a["stride_wup"] = step * row, up * row
+    if apart is not None:
+        a["stride_wup"] = (apart.data_ptr() - w.data_ptr()) // w.element_size()
+    if apart_bias is not None and bias is not None:
+        a["stride_bup"] = (apart_bias.data_ptr() - bias.data_ptr()) // bias.element_size()
     a["N"], a["K"], a["E"] = rows, w.shape[2] * (1 if scale is None else 2), w.shape[0]
     a["GATED"] = split
     a["JOINED"] = split and interleaved and scale is None and row == 1
@@ -194,7 +216,8 @@ def run_experts(
     w2_scale: Tensor | None = None, format: str = "bf16", layout: str = "enk", interleaved: bool = False,
     activation: str = "silu", gated: bool = True, alpha: float = 1.702, limit: float | None = None,
     weight_on: str = "output", w13_global_scale: Tensor | None = None, w2_global_scale: Tensor | None = None,
-    fp8_block: int = 128, out_dtype: torch.dtype | None = None,
+    fp8_block: int = 128, out_dtype: torch.dtype | None = None, w3: Tensor | None = None,
+    w3_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`sm12x::moe` with the plan given; see `sm12x_compile.ops.moe` for the other arguments."""
     from .expert_kernel import combine_kernel, expert_kernel
@@ -203,8 +226,8 @@ def run_experts(
     (T, D), (_, top_k) = x.shape, topk_ids.shape
     out = x.new_empty((T, D), dtype=out_dtype or x.dtype)
     if layout == "ekn":
-        w13, w2 = w13.mT, w2.mT
-    first = weight_operands(w13, w13_scale, w13_bias, gated, interleaved)
+        w13, w2, w3 = w13.mT, w2.mT, None if w3 is None else w3.mT
+    first = weight_operands(w13, w13_scale, w13_bias, gated, interleaved, w3, w3_bias)
     second = weight_operands(w2, w2_scale, w2_bias)
     experts, pairs = first["E"], T * top_k
     if not pairs or not D:
@@ -242,7 +265,8 @@ def moe_experts(
     w2_scale: Tensor | None = None, format: str = "bf16", layout: str = "enk", interleaved: bool = False,
     activation: str = "silu", gated: bool = True, alpha: float = 1.702, limit: float | None = None,
     weight_on: str = "output", w13_global_scale: Tensor | None = None, w2_global_scale: Tensor | None = None,
-    fp8_block: int = 128, out_dtype: torch.dtype | None = None,
+    fp8_block: int = 128, out_dtype: torch.dtype | None = None, w3: Tensor | None = None,
+    w3_bias: Tensor | None = None, stacked: bool = False,
 ) -> Tensor:  # fmt: skip
     """`sm12x::moe`, see `sm12x_compile.ops.moe` for the arguments; right for any number of tokens.
 
@@ -252,9 +276,9 @@ def moe_experts(
     aligned = not any(s % 16 for w in (w13, w2) for s in w.stride()[:-1])
     plan = expert_plan(
         card_of(x), x.shape[0], topk_ids.shape[1], w13.shape[0], x.dtype, format == "mxfp4",
-        expert_bytes(w13, w2), aligned=aligned,
+        expert_bytes(w13, w2, w3), aligned=aligned,
     )  # fmt: skip
     return run_experts(
         plan, x, topk_ids, topk_weights, w13, w2, w13_bias, w2_bias, w13_scale, w2_scale, format, layout,
-        interleaved, activation, gated, alpha, limit, weight_on, out_dtype=out_dtype,
+        interleaved, activation, gated, alpha, limit, weight_on, out_dtype=out_dtype, w3=w3, w3_bias=w3_bias,
     )  # fmt: skip

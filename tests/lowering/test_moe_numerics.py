@@ -71,6 +71,8 @@ FORMS: list[Case] = [
     Case("weights on the input", attributes=dict(weight_on="input"), biases=True, routing="some outside"),
     Case("strided x, ids and weights", operands="strided"),
     Case("int32 ids", operands="int32"),
+    Case("up apart", operands="up apart", biases=True),
+    Case("up apart, ekn, sorted", T=40, operands="up apart", attributes=dict(layout="ekn")),
 ]
 PACKED = [
     Case("mxfp4", D=64, I=32, packed=True),
@@ -127,8 +129,14 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[tuple[Any, ...]
             attributes["w13_scale"] = storage[1:].view(E, N, D // 32).copy_(attributes["w13_scale"])
         return (x, ids, weights, *packed), attributes
     w13, w2 = randn(E, N, D, scale=D**-0.5), randn(E, D, inner, scale=inner**-0.5)
+    if case.operands == "up apart":
+        w13, attributes["w3"] = (half.clone() for half in w13.chunk(2, 1))
+        if case.biases:
+            attributes["w13_bias"], attributes["w3_bias"] = (b.clone() for b in attributes["w13_bias"].chunk(2, 1))
     if attributes.get("layout") == "ekn":
         w13, w2 = w13.mT.contiguous(), w2.mT.contiguous()
+        if "w3" in attributes:
+            attributes["w3"] = attributes["w3"].mT.contiguous()
     return (x, ids, weights, w13, w2), attributes
 
 
