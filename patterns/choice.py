@@ -82,6 +82,8 @@ def _of_apply(reader: Reader, expr: Apply, slot: Index) -> list[Choice] | None:
         inner = find_choices(reader, args[0], slot)
         if inner is None or any(c.factors for c in inner):
             return None
+        if len(inner) == 1 and not inner[0].vars:
+            return inner  # an indicator is one or zero as it is
         return [replace(c, any=True) for c in inner]
     return None
 

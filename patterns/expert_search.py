@@ -30,7 +30,8 @@ _PRODUCTS = {
     aten.linear.default, aten.baddbmm.default, aten.addmm.default,
 }  # fmt: skip
 _ENDS = {
-    aten.sum.dim_IntList, aten.add.Tensor, aten.mul.Tensor, aten.where.self, aten.masked_fill.Scalar,
+    aten.sum.dim_IntList, aten.add.Tensor, aten.mul.Tensor, aten.where.self, aten.where.ScalarOther,
+    aten.masked_fill.Scalar,
     aten.index_add.default, aten.scatter_add.default, aten.index_put.default, aten.index_copy.default,
     aten.scatter.src, aten._to_copy.default, *_PRODUCTS,
 }  # fmt: skip
@@ -135,7 +136,7 @@ def _runs(anchor: Node) -> Iterator[list[Node]]:
         yield run
 
 
-_LOOPS = {aten.add.Tensor, aten.where.self, aten.index_add.default, aten.index_put.default}
+_LOOPS = {aten.add.Tensor, aten.where.self, aten.where.ScalarOther, aten.index_add.default, aten.index_put.default}
 
 
 def _path(anchor: Node) -> list[Node]:

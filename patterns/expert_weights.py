@@ -134,7 +134,7 @@ def _unrolled(block: Block, common: list[Expert], inner: Var, width: Var) -> tup
     ordered = [e for _, e in sorted(zip(numbers, common, strict=True), key=lambda pair: pair[0])]  # type: ignore[arg-type, return-value]
     if sorted(numbers) != list(range(len(common))):  # type: ignore[type-var]
         raise Unreadable(Refusal("the loop over the experts does not take each of 0, 1, 2, ... once", block.node))
-    if any(not same_choices(ordered[0].choices, e.choices) for e in ordered[1:]):
+    if any(not same_choices(block.reader, ordered[0].choices, e.choices) for e in ordered[1:]):
         raise Unreadable(Refusal("the experts of the loop are weighted by different routings", block.node))
     expert = Var("e", len(ordered))
 

@@ -122,16 +122,16 @@ def _collect(reader: Reader, sums: list[_Sum], term: Term, tokens: tuple[Var, ..
         choices = (Choice(outer, slot, weights, main.node),)
     else:
         raise Unreadable
-    _add(sums, slot, choices, main, inner, hidden)
+    _add(reader, sums, slot, choices, main, inner, hidden)
 
 
 def _add(
-    sums: list[_Sum], slot: Index | None, choices: tuple[Choice, ...], main: Element, inner: list[Var],
+    reader: Reader, sums: list[_Sum], slot: Index | None, choices: tuple[Choice, ...], main: Element, inner: list[Var],
     hidden: tuple[Expr, ...],
 ) -> None:  # fmt: skip
     for known in sums:
         place = known.bias is None if not inner else known.matrix is None
-        if place and known.slot == slot and same_choices(known.choices, choices):
+        if place and known.slot == slot and same_choices(reader, known.choices, choices):
             break
     else:
         known = _Sum(slot, choices)
@@ -142,8 +142,11 @@ def _add(
         known.bias = main
 
 
-def same_choices(a: tuple[Choice, ...], b: tuple[Choice, ...]) -> bool:
-    """Whether two sums run over the same choices; each may have named its variables itself."""
+def same_choices(reader: Reader, a: tuple[Choice, ...], b: tuple[Choice, ...]) -> bool:
+    """Whether two sums run over the same choices; each may have named its variables and laid out its weights itself."""
+    def settled(factors: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        return tuple(reader.resolve(f) if isinstance(f, Element) else f for f in factors)
+
     if len(a) != len(b):
         return False
     for x, y in zip(a, b, strict=True):
@@ -151,7 +154,7 @@ def same_choices(a: tuple[Choice, ...], b: tuple[Choice, ...]) -> bool:
             return False
         named = {v: Index.of(w) for v, w in zip(y.vars, x.vars, strict=True)}
         factors = tuple(rename(f, named) for f in y.factors)
-        if x.ids != y.ids.subs(named) or x.factors != factors:
+        if x.ids != y.ids.subs(named) or settled(x.factors) != settled(factors):
             return False
     return True
 
@@ -241,10 +244,11 @@ def _numbers(reader: Reader, expr: Expr, depth: int = 12) -> list[Index]:
             return consts
         return _numbers(reader, made, depth - 1) + consts
     if isinstance(expr, Apply):
+        inside = [n for a in expr.args for n in _numbers(reader, a, depth - 1)]
         if expr.op in ("eq", "ne"):
-            found = [reader.index_of(a) for a in expr.args]
-            return [ix for ix in found if ix is not None and ix.is_const]
-        return [n for a in expr.args for n in _numbers(reader, a, depth - 1)]
+            compared = [reader.index_of(a) for a in expr.args]
+            return [ix for ix in compared if ix is not None and ix.is_const] + inside
+        return inside
     return _numbers(reader, expr.body, depth - 1) if isinstance(expr, Reduce) else []
 
 

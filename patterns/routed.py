@@ -125,7 +125,7 @@ class Reader:
                 return found
             if node.target is aten.one_hot.default:
                 return Apply("eq", (Element(operand(node), index[:-1]), Position(index[-1])), node)
-            if node.target is aten.any.dim:
+            if node.target in (aten.any.dim, aten.any.dims):
                 return _reduced(node, index, "any")
         return layout_step(element) or step(element)
 
@@ -383,7 +383,11 @@ class Reader:
 def _reduced(node: Node, index: tuple[Index, ...], kind: str) -> Expr | None:
     from sm12x_compile.index_algebra.contraction import reduction
 
-    return reduction(node, index, operand(node), [args_of(node)[1]], argument(node, 2, "keepdim", False), kind)
+    dims = args_of(node)[1]
+    if dims is None:
+        return None
+    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    return reduction(node, index, operand(node), dims, argument(node, 2, "keepdim", False), kind)
 
 
 def _data(ix: Index) -> set[Datum]:
