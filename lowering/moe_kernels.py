@@ -32,6 +32,6 @@ def _accepts_linear(call: Call, arch: Arch) -> Verdict:
 
 # One function under two names: a graph compiled for few tokens may be run with many, and then sorts them.
 register_kernel("moe", "triton.moe_decode", accepts=_accepts_decode, merit=30)(moe_experts)
-register_kernel("moe", "triton.moe_grouped", accepts=_accepts_grouped, merit=20)(moe_experts)
+register_kernel("moe", "triton.moe_grouped", accepts=_accepts_grouped, merit=25)(moe_experts)
 register_kernel("moe_route", "triton.moe_route", accepts=_accepts_route, merit=20)(moe_route)
 register_kernel("mxfp4_linear", "triton.mxfp4_linear", accepts=_accepts_linear, merit=20)(mxfp4_linear)

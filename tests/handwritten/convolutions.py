@@ -111,7 +111,7 @@ def looks_ahead():
 
 
 @case(refused=True)
-def dilated():
+def dilated_convolution():
     class Short(nn.Module):
         def __init__(self):
             super().__init__()

@@ -133,12 +133,13 @@ def test_captured_full_grid(name: str, cache: Cache, dtype: torch.dtype, length:
     ("name", "length"), [("qwen3_5", 64), ("olmo_hybrid", 100), ("kimi_linear", 100), ("qwen3_5", 256)]
 )
 def test_patterns_alone(name: str, length: int):
-    report = check(name, "dynamic" if length == 100 else "none", length, capture=False)
+    """With sizes that are known: what Dynamo makes symbolic after a change of length is refused without capture."""
+    report = check(name, "static" if length == 100 else "none", length, capture=False)
     assert not report.captures
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("name", "cache"), ALL)
+@pytest.mark.parametrize(("name", "cache"), [case for case in ALL if case[1] != "dynamic"])
 @pytest.mark.parametrize("length", [64, 100, 256, 512])
 def test_patterns_alone_full_grid(name: str, cache: Cache, length: int):
     check(name, cache, length, capture=False)
