@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .arch import Arch, by_name
+from .lowering.triton import delta_launches, expert_launches, launches  # noqa: F401 (the first two register)
 from .offline import Compiled, compile_kernel, identity
 
 
@@ -129,29 +130,28 @@ def _work(arch_name: str, kernels: Sequence[str]) -> Iterator[_Work]:
         import triton  # noqa: F401
     except ModuleNotFoundError:
         raise ProofError("Triton is not installed: pip install triton") from None
-    from .lowering.triton.launches import SPACES
-
-    unknown = sorted(set(kernels) - set(SPACES))
+    spaces = launches.SPACES
+    unknown = sorted(set(kernels) - set(spaces))
     if unknown:
-        raise ProofError(f"unknown kernel {unknown[0]!r}; known: {', '.join(SPACES)}")
+        raise ProofError(f"unknown kernel {unknown[0]!r}; known: {', '.join(spaces)}")
     try:
         arch = by_name(arch_name)
     except ValueError as error:
         raise ProofError(str(error)) from None
     if not arch.is_cuda:
         raise ProofError(f"{arch_name} is no GPU; name a card such as rtx5090, or a family such as sm120")
-    for name in kernels or SPACES:
+    for name in kernels or spaces:
         found: dict[str, list[Any]] = {}
-        for launch in SPACES[name](arch):
+        for launch in spaces[name](arch):
             key = identity(
                 launch.kernel, launch.arguments, arch, num_warps=launch.num_warps, num_stages=launch.num_stages,
                 maxnreg=launch.max_registers,
             )  # fmt: skip
             found.setdefault(hashlib.sha256(key.encode()).hexdigest()[:32], []).append(launch)
-        for key, launches in found.items():
+        for key, equal in found.items():
             # The strictest of the launches that share it decides.
-            strictest = min(launches, key=lambda launch: launch.spills)
-            yield _Work(arch.name, name, key, len(launches), strictest)
+            strictest = min(equal, key=lambda launch: launch.spills)
+            yield _Work(arch.name, name, key, len(equal), strictest)
 
 
 def _choose(work: list[_Work], sample: int | None) -> list[_Work]:

@@ -11,122 +11,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sm12x_compile.arch import CARDS, Arch, by_name
-from sm12x_compile.lowering.triton.causal_conv1d import conv_launch, conv_update_launch
-from sm12x_compile.lowering.triton.delta_chunked import chunked_launches, kernel_of
-from sm12x_compile.lowering.triton.delta_tiles import CHUNK, chunk_tiles, parts, step_tiles
-from sm12x_compile.lowering.triton.delta_update import update_launch, verify_launch
+from sm12x_compile.lowering.triton import delta_launches
+from sm12x_compile.lowering.triton.delta_launches import HEAD_DIMS
+from sm12x_compile.lowering.triton.delta_tiles import chunk_tiles, parts, step_tiles
+from sm12x_compile.lowering.triton.launches import meta
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Call
 
+from .compiled import check_launches
+
 GPUS = [card for card in CARDS.values() if card.is_cuda]
-HEAD_DIMS = (64, 128, 256)
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def operands(K: int, V: int, kda: bool, T: int = 4096, Hk: int = 16, Hv: int = 32) -> tuple[torch.Tensor, ...]:
-    g = meta(1, T, Hv, K, dtype=torch.float32) if kda else meta(1, T, Hv, dtype=torch.float32)
-    return meta(1, T, Hk, K), meta(1, T, Hk, K), meta(1, T, Hv, V), g, meta(1, T, Hv)
-
-
-def assert_made(made: Any, card: Arch) -> None:
-    assert made.fits(card) and made.forbidden == (), made
-    if card.family == "sm12x":
-        assert made.loop_spills == 0, made
-
-
-def check_chunked(card: Arch, K: int, V: int, kda: bool, Hv: int, packed: bool = False, state: bool = True) -> None:
-    pytest.importorskip("triton")
-    from sm12x_compile.offline import compile_kernel
-
-    chunks = 4096 // CHUNK
-    tiles = chunk_tiles(card, K, V, kda, Hv, chunks)
-    count = parts(card, tiles, K, V, Hv, chunks)
-    initial = meta(1, Hv, K, V, dtype=torch.float32) if state else None
-    bounds = meta(2, dtype=torch.int64) if packed else None
-    ops = operands(K, V, kda, Hk=Hv, Hv=Hv)
-    _, _, launches = chunked_launches(tiles, count, *ops, 0.1, initial, "rsqrt", 1e-6, bounds)
-    assert len(launches) == (3 if count > 1 else 2)
-    for launch in launches:
-        kernel, tile = kernel_of(launch.kernel), launch.tile
-        arguments = {name: launch.arguments[name] for name in kernel.arg_names}
-        made = compile_kernel(
-            kernel, arguments, card,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.max_registers,
-        )  # fmt: skip
-        assert_made(made, card)
-        if card.family == "sm12x":
-            assert "HMMA.16816.F32.BF16" in made.matrix, made
-
-
-def check_steps(card: Arch, K: int, V: int, kda: bool, states: int) -> None:
-    pytest.importorskip("triton")
-    from sm12x_compile.lowering.triton import delta_step_kernel
-    from sm12x_compile.offline import compile_kernel
-
-    pool, slots = meta(9, 32, K, V, dtype=torch.float32), meta(1, dtype=torch.int64)
-    journal = meta(9, 2, 4, 32, K + V + (K if kda else 1), dtype=torch.float32)
-    one, many = (step_tiles(card, K, V, states, drafts) for drafts in (False, True))
-    update = update_launch(one, *operands(K, V, kda, T=1), pool, slots, 0.1, "rsqrt")[1]
-    verify = verify_launch(many, *operands(K, V, kda, T=4), pool, journal, slots, slots, slots, 0.1, "rsqrt")[1]
-    for name, arguments, tiles in (("update_kernel", update, one), ("verify_kernel", verify, many)):
-        kernel = getattr(delta_step_kernel, name)
-        assert_made(compile_kernel(kernel, arguments, card, num_warps=tiles.num_warps, num_stages=3), card)
+def operands(K: int, V: int, kda: bool, T: int = 4096) -> tuple[torch.Tensor, ...]:
+    return delta_launches.operands(K, V, kda, T, 16, 32)
 
 
 @pytest.mark.parametrize(
-    ("card", "K", "V", "kda", "heads"),
-    [("sm120", 128, 128, False, 8), ("sm121", 128, 128, True, 32)],
+    ("card", "kernel", "case"),
+    [
+        ("sm120", "delta_chunked", "128x128, GDN, 8 heads"),
+        ("sm121", "delta_chunked", "128x128, KDA, 32 heads"),
+        ("sm120", "delta_step", "128x128, GDN, 1 states"),
+        ("sm121", "delta_step", "256x256, KDA, 1 states"),
+        ("sm120", "causal_conv1d", "channels last, width 4"),
+        ("sm120", "causal_conv1d", "positions last, width 4"),
+        ("sm121", "causal_conv1d", "one token, width 4"),
+    ],
 )
-def test_chunked_compiles_and_fits(card: str, K: int, V: int, kda: bool, heads: int) -> None:
-    check_chunked(by_name(card), K, V, kda, heads)
-
-
-@pytest.mark.parametrize(("card", "K", "kda"), [("sm120", 128, False), ("sm121", 256, True)])
-def test_steps_compile_and_fit(card: str, K: int, kda: bool) -> None:
-    check_steps(by_name(card), K, K, kda, 32)
-
-
-@pytest.mark.parametrize("card", ["sm120", pytest.param("sm121", marks=pytest.mark.nightly)])
-def test_convolutions_compile_and_fit(card: str) -> None:
-    pytest.importorskip("triton")
-    from sm12x_compile.lowering.triton.conv_kernel import conv_kernel, conv_update_kernel
-    from sm12x_compile.offline import compile_kernel
-
-    arch, w, bias = by_name(card), meta(8192, 4), meta(8192)
-    for x in (meta(1, 4096, 8192).mT, meta(1, 8192, 4096)):
-        arguments = conv_launch(x, w, bias, "silu", meta(1, 8192, 4))[2]
-        assert_made(compile_kernel(conv_kernel, arguments, arch, num_warps=4, num_stages=3), arch)
-    update = conv_update_launch(meta(1, 8192, 1), w, meta(9, 8192, 4), meta(1, dtype=torch.int64), bias, "silu")[1]
-    assert_made(compile_kernel(conv_update_kernel, update, arch, num_warps=4, num_stages=3), arch)
-
-
-NIGHTLY = [
-    (card, K, V, kda, heads)
-    for card in ("sm120", "sm121", "h200", "b200", "a100")
-    for K, V in itertools.product(HEAD_DIMS, HEAD_DIMS)
-    for kda in (False, True)
-    if K <= 128 or not kda
-    for heads in ((8, 32) if card == "sm120" else (8,) if card == "sm121" else (128,))
-]
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("card", "K", "V", "kda", "heads"), NIGHTLY)
-def test_every_chunked_choice(card: str, K: int, V: int, kda: bool, heads: int, packed: bool) -> None:
-    check_chunked(by_name(card), K, V, kda, heads, packed, state=not packed)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("states", [1, 1 << 16])
-@pytest.mark.parametrize("kda", [False, True], ids=["gdn", "kda"])
-@pytest.mark.parametrize(("K", "V"), itertools.product(HEAD_DIMS, HEAD_DIMS))
-@pytest.mark.parametrize("card", ["sm120", "sm121", "h200"])
-def test_every_step_choice(card: str, K: int, V: int, kda: bool, states: int) -> None:
-    check_steps(by_name(card), K, V, kda, states)
+def test_compiles_and_fits(card: str, kernel: str, case: str) -> None:
+    """A sample; `prove` goes through all of them."""
+    check_launches(card, kernel, case)
 
 
 def test_at_most_40_configurations_a_kernel() -> None:

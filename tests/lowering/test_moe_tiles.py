@@ -11,118 +11,32 @@ from hypothesis import strategies as st
 
 from sm12x_compile.arch import CARDS, Arch, by_name
 from sm12x_compile.lowering.moe_kernels import _accepts_decode, _accepts_grouped, _accepts_linear, _accepts_route
-from sm12x_compile.lowering.triton.expert_tiles import ExpertTiles, block_rows, expert_plan, expert_tiles, reads_singly
-from sm12x_compile.lowering.triton.experts import (
-    PAIRS,
-    TABLE,
-    combine_launch,
-    expert_launch,
-    order_launch,
-    weight_operands,
-)
-from sm12x_compile.lowering.triton.moe_route import route_launch
+from sm12x_compile.lowering.triton.expert_tiles import block_rows, expert_plan, expert_tiles, reads_singly
+from sm12x_compile.lowering.triton.launches import meta
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Call, Verdict
+
+from .compiled import check_launches
 
 GPUS = [card for card in CARDS.values() if card.is_cuda]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROWS = (16, 32, 64, 128)
 
 
-def meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def check(
-    card: Arch, tiles: ExpertTiles, gated: bool, packed: bool, dtype: torch.dtype = BF16, *, D: int = 2048,
-    inner: int = 768, layout: str = "enk", interleaved: bool = False, biased: bool = False, sort: bool = True,
-    activation: int = 1,
-) -> None:  # fmt: skip
-    """Compile the first product (gated) or the second as a launch would."""
-    pytest.importorskip("triton")
-    from sm12x_compile.lowering.triton.expert_kernel import expert_kernel
-    from sm12x_compile.offline import compile_kernel
-
-    E, (N, K) = 32, (2 * inner, D) if gated else (D, inner)
-    scale = meta(E, N, K // 32, dtype=torch.uint8) if packed else None
-    w = meta(E, N, K // 2, dtype=torch.uint8) if packed else meta(E, N, K, dtype=dtype)
-    if layout == "ekn":
-        w = meta(E, K, N, dtype=dtype).mT
-    operands = weight_operands(w, scale, meta(E, N, dtype=dtype) if biased else None, gated, gated and interleaved)
-    where: dict[str, Any] = dict(source=PAIRS, ids=meta(256, 8, dtype=torch.int64))
-    if sort:
-        order, table = meta(2048, dtype=torch.int32), meta(160, 3, dtype=torch.int32)
-        where = dict(source=TABLE, order=order, table=table)
-    arguments, _ = expert_launch(
-        meta(2048, K, dtype=dtype), meta(2048, operands["N"], dtype=dtype), operands, tiles, **where, blocks=160,
-        rows=2048, top_k=8, gather=gated, scatter=not gated, activation=activation if gated else 0,
-        alpha=1.7, limit=7.0 if activation == 4 else None,
-    )  # fmt: skip
-    made = compile_kernel(expert_kernel, arguments, card, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    assert made.fits(card), made
-    assert made.forbidden == ()
-    if dtype == FP32:
-        assert made.matrix == {}, "fp32 is kept whole"
-    elif card.family == "sm12x":
-        assert list(made.matrix) == [f"HMMA.16816.F32{'.BF16' if dtype == BF16 else ''}"]
-    if card.family == "sm12x":
-        assert made.loop_spills == 0, made
-
-
-FORMS: dict[str, dict[str, Any]] = {
-    "enk": {},
-    "ekn": dict(layout="ekn"),
-    "gpt-oss": dict(D=2880, inner=2880, layout="ekn", interleaved=True, biased=True, activation=4),
-    "gelu, tails": dict(D=2000, inner=1008, activation=2),
-    "unaligned rows": dict(D=1001, inner=501),
-}
-PACKED_FORMS: dict[str, dict[str, Any]] = {
-    "rows of words": {},
-    "gpt-oss": dict(D=2880, inner=2880, interleaved=True, biased=True, activation=4),
-}
-
-
-@pytest.mark.parametrize(("card", "rows"), [("sm120", 16), ("sm121", 128)])
-@pytest.mark.parametrize("gated", [True, False], ids=["gate and up", "down"])
-@pytest.mark.parametrize("packed", [True, False], ids=["mxfp4", "bf16"])
-def test_expert_kernel_compiles_and_fits(card: str, rows: int, gated: bool, packed: bool) -> None:
-    arch = by_name(card)
-    check(arch, expert_tiles(arch, rows, BF16, packed, gated), gated, packed, sort=rows > 16)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("gated", [True, False], ids=["gate and up", "down"])
-@pytest.mark.parametrize("card", ["sm120", "sm121", "h200", "b200", "a100"])
-@pytest.mark.parametrize("form", [*FORMS, *(f"mxfp4, {name}" for name in PACKED_FORMS)])
-def test_every_choice(form: str, card: str, gated: bool, rows: int) -> None:
-    arch, packed = by_name(card), form.startswith("mxfp4")
-    given_form = PACKED_FORMS[form.removeprefix("mxfp4, ")] if packed else FORMS[form]
-    for dtype in (BF16,) if packed else (BF16, FP16, FP32):
-        tiles = expert_tiles(arch, rows, dtype, packed, gated, aligned=form != "unaligned rows")
-        check(arch, tiles, gated, packed, dtype, **given_form)
-
-
-@pytest.mark.parametrize("card", ["sm120", "sm121"])
-def test_small_kernels_compile(card: str) -> None:
-    pytest.importorskip("triton")
-    from sm12x_compile.lowering.triton.expert_kernel import combine_kernel
-    from sm12x_compile.lowering.triton.order_kernel import order_kernel
-    from sm12x_compile.lowering.triton.route_kernel import route_kernel
-    from sm12x_compile.offline import compile_kernel
-
-    ids, weights = meta(4096, 8, dtype=torch.int64), meta(4096, 8, dtype=FP32)
-    deepseek = dict(score="sigmoid", n_group=8, topk_group=4, renormalise=True, scaling=2.5)
-    routed, warps = route_launch(meta(4096, 256, dtype=FP32), 8, meta(256, dtype=FP32), **deepseek)
-    launches: list[tuple[Any, dict[str, Any], int]] = [
-        (order_kernel, order_launch(ids, 128, 128)[2], 4),
-        (combine_kernel, combine_launch(meta(32768, 2048), ids, weights, meta(4096, 2048), 128, True)[0], 4),
-        (route_kernel, routed, warps),
-        (route_kernel, route_launch(meta(4096, 128), 8, renormalise=True)[0], 1),
-    ]
-    for kernel, arguments, num_warps in launches:
-        made = compile_kernel(kernel, arguments, by_name(card), num_warps=num_warps, num_stages=2)
-        assert made.fits(by_name(card)) and made.forbidden == () and made.loop_spills == 0, made
+@pytest.mark.parametrize(
+    ("card", "kernel", "case"),
+    [
+        ("sm121", "moe_experts", "mxfp4, rows of words, bfloat16, gate and up, 128 rows, sorted"),
+        ("sm120", "moe_experts", "mxfp4, rows of words, bfloat16, down, 16 rows"),
+        ("sm120", "moe_experts", "enk, bfloat16, gate and up, 16 rows"),
+        ("sm121", "moe_experts", "enk, bfloat16, down, 128 rows, sorted"),
+        ("sm120", "moe_order_and_route", "4096 tokens, 8 of 128"),
+        ("sm121", "moe_order_and_route", "8 of 256, sigmoid"),
+    ],
+)
+def test_compiles_and_fits(card: str, kernel: str, case: str) -> None:
+    """A sample; `prove` goes through all of them."""
+    check_launches(card, kernel, case)
 
 
 def test_at_most_40_configurations() -> None:

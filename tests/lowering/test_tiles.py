@@ -14,7 +14,7 @@ from sm12x_compile.arch import CARDS, Arch, by_name
 from sm12x_compile.lowering.triton.arguments import split_head_dim
 from sm12x_compile.lowering.triton.attention_decode import decode_refusal
 from sm12x_compile.lowering.triton.attention_prefill import prefill_refusal
-from sm12x_compile.lowering.triton.launches import SPACES, meta
+from sm12x_compile.lowering.triton.launches import meta
 from sm12x_compile.lowering.triton.tiles import (
     MAX_SPLITS,
     DecodeTiles,
@@ -24,6 +24,8 @@ from sm12x_compile.lowering.triton.tiles import (
 )
 from sm12x_compile.ops.attention import attention
 from sm12x_compile.registry import Call
+
+from .compiled import check_launches
 
 GPUS = [card for card in CARDS.values() if card.is_cuda]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -53,22 +55,7 @@ def states(S: int, T: int, D: int, DV: int, dtype: torch.dtype) -> tuple[torch.T
 )
 def test_compiles_and_fits(card: str, kernel: str, case: str) -> None:
     """A sample; `prove` goes through all of them."""
-    pytest.importorskip("triton")
-    from sm12x_compile.offline import compile_kernel
-
-    arch = by_name(card)
-    found = [launch for launch in SPACES[kernel](arch) if launch.case == case]
-    assert found
-    for launch in found:
-        made = compile_kernel(
-            launch.kernel, launch.arguments, arch, num_warps=launch.num_warps, num_stages=launch.num_stages,
-            maxnreg=launch.max_registers,
-        )  # fmt: skip
-        assert made.fits(arch) and made.forbidden == (), made
-        assert bool(made.matrix) == launch.matrix, made
-        if arch.family == "sm12x":
-            assert all(name.startswith("HMMA.16816") for name in made.matrix)
-            assert made.loop_spills <= launch.spills, made
+    check_launches(card, kernel, case)
 
 
 @pytest.mark.nightly
