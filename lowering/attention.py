@@ -21,7 +21,7 @@ from torch import Tensor
 from sm12x_compile.arch import Arch
 from sm12x_compile.ops import attention as op
 from sm12x_compile.ops.attention import allowed_keys
-from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
+from sm12x_compile.registry import YES, Call, No, Verdict, accepts_unless, register_kernel
 
 from .triton.attention_decode import attention_decode, decode_refusal
 from .triton.attention_prefill import attention_prefill, prefill_refusal
@@ -83,18 +83,8 @@ def plain_sdpa(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def _accepts_decode(call: Call, arch: Arch) -> Verdict:
-    refusal = decode_refusal(call, arch)
-    return No(refusal) if refusal else YES
-
-
-def _accepts_prefill(call: Call, arch: Arch) -> Verdict:
-    refusal = prefill_refusal(call, arch)
-    return No(refusal) if refusal else YES
-
-
-register_kernel("attention", "triton.decode", accepts=_accepts_decode, merit=30)(attention_decode)
-register_kernel("attention", "triton.prefill", accepts=_accepts_prefill, merit=25)(attention_prefill)
+register_kernel("attention", "triton.decode", accepts=accepts_unless(decode_refusal), merit=30)(attention_decode)
+register_kernel("attention", "triton.prefill", accepts=accepts_unless(prefill_refusal), merit=25)(attention_prefill)
 
 
 def _accepts_masked_sdpa(call: Call, arch: Arch) -> Verdict:

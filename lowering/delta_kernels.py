@@ -1,6 +1,6 @@
 """`sm12x::gated_delta_rule`, `sm12x::causal_conv1d` and their steps → Triton kernels.
 
-triton.delta_chunked   three kernels over chunks of 64 tokens; long sequences of few heads in parallel parts
+triton.delta_chunked   two kernels over chunks of 64 tokens; three for few heads, in parallel parts
 triton.delta_update    one or a few tokens, states in place
 triton.delta_verify    drafts, any of which may be rejected later
 triton.conv            whole sequences
@@ -9,13 +9,12 @@ triton.conv_update     one or a few tokens, states in place
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from sm12x_compile.arch import Arch
-from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
+from sm12x_compile.registry import Call, accepts_unless, register_kernel
 
 from .triton import causal_conv1d, delta_chunked, delta_update
 from .triton.arguments import DTYPES, gpu_refusal
@@ -24,7 +23,6 @@ HEAD_DIMS = (64, 128, 256)
 MAX_TOKENS = 16  # of a step: its kernels unroll them
 MAX_WIDTH = 8
 INTEGERS = (torch.int32, torch.int64)
-Refusal = Callable[[Call, Arch], str | None]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -66,13 +64,15 @@ def _few_tokens(tokens: Any) -> str | None:
 
 def chunked_refusal(call: Call, arch: Arch) -> str | None:
     """Why `delta_chunked` cannot take this call on this card, in one sentence, or None."""
+    missing = gpu_refusal(arch)
+    if missing:
+        return missing
     if call.v.dtype not in (torch.float16, torch.bfloat16):
         return f"multiplies in v's dtype, which must be fp16 or bf16, not {_name(call.v.dtype)}"
     if call.g.ndim == 4 and call.k.shape[3] == 256:
         return "a decay per channel takes three tiles of keys and queries, which for 256 channels are too large"
     return (
-        gpu_refusal(arch)
-        or _heads(call)
+        _heads(call)
         or _dtypes(call, "q", "k", "g", "beta", "initial_state", "out_dtype")
         or _indices(call, "cu_seqlens")
     )
@@ -110,14 +110,6 @@ def conv_refusal(call: Call, arch: Arch) -> str | None:
     ) or None
 
 
-def _accepts(refusal: Refusal) -> Callable[[Call, Arch], Verdict]:
-    def accepts(call: Call, arch: Arch) -> Verdict:
-        reason = refusal(call, arch)
-        return No(reason) if reason else YES
-
-    return accepts
-
-
 for _op, _kernel, _refusal, _function in (
     ("gated_delta_rule", "triton.delta_chunked", chunked_refusal, delta_chunked.gated_delta_rule_chunked),
     ("gated_delta_rule_update", "triton.delta_update", step_refusal, delta_update.gated_delta_rule_update),
@@ -125,4 +117,4 @@ for _op, _kernel, _refusal, _function in (
     ("causal_conv1d", "triton.conv", conv_refusal, causal_conv1d.causal_conv1d),
     ("causal_conv1d_update", "triton.conv_update", conv_refusal, causal_conv1d.causal_conv1d_update),
 ):
-    register_kernel(_op, _kernel, accepts=_accepts(_refusal), merit=30)(_function)
+    register_kernel(_op, _kernel, accepts=accepts_unless(_refusal), merit=30)(_function)

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from sm12x_compile.arch import Arch
-from sm12x_compile.registry import YES, Call, No, Verdict, register_kernel
+from sm12x_compile.registry import accepts_unless, register_kernel
 
 from .triton.experts import moe_decode_refusal, moe_experts, moe_refusal
 from .triton.moe_route import moe_route, route_refusal
 from .triton.mxfp4_linear import linear_refusal, mxfp4_linear
 
-
-def _accepts_decode(call: Call, arch: Arch) -> Verdict:
-    refusal = moe_decode_refusal(call, arch)
-    return No(refusal) if refusal else YES
-
-
-def _accepts_grouped(call: Call, arch: Arch) -> Verdict:
-    refusal = moe_refusal(call, arch)
-    return No(refusal) if refusal else YES
-
-
-def _accepts_route(call: Call, arch: Arch) -> Verdict:
-    refusal = route_refusal(call, arch)
-    return No(refusal) if refusal else YES
-
-
-def _accepts_linear(call: Call, arch: Arch) -> Verdict:
-    refusal = linear_refusal(call, arch)
-    return No(refusal) if refusal else YES
-
+_accepts_decode, _accepts_grouped = accepts_unless(moe_decode_refusal), accepts_unless(moe_refusal)
+_accepts_route, _accepts_linear = accepts_unless(route_refusal), accepts_unless(linear_refusal)
 
 # One function under two names: a graph compiled for few tokens may be run with many, and then sorts them.
 register_kernel("moe", "triton.moe_decode", accepts=_accepts_decode, merit=30)(moe_experts)

@@ -81,6 +81,16 @@ class Call:
         return int(size)
 
 
+def accepts_unless(refusal: Callable[[Call, Arch], str | None]) -> Callable[[Call, Arch], Verdict]:
+    """An `accepts` from a function that says why not in one sentence, or None."""
+
+    def accepts(call: Call, arch: Arch) -> Verdict:
+        reason = refusal(call, arch)
+        return No(reason) if reason else YES
+
+    return accepts
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A way to compute a semantic op. Kernels with higher `merit` are asked first."""
