@@ -17,16 +17,12 @@ from sm12x_compile.arch import Arch
 from sm12x_compile.registry import Call, accepts_unless, register_kernel
 
 from .triton import causal_conv1d, delta_chunked, delta_update
-from .triton.arguments import DTYPES, gpu_refusal
+from .triton.arguments import DTYPES, dtype_name, gpu_refusal
 
 HEAD_DIMS = (64, 128, 256)
 MAX_TOKENS = 16  # of a step: its kernels unroll them
 MAX_WIDTH = 8
 INTEGERS = (torch.int32, torch.int64)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _dtypes(call: Call, *names: str) -> str | None:
@@ -35,7 +31,7 @@ def _dtypes(call: Call, *names: str) -> str | None:
         value = call.arguments.get(name)
         dtype = value.dtype if isinstance(value, torch.Tensor) else value
         if dtype is not None and dtype not in DTYPES:
-            return f"reads and writes fp16, bf16 or fp32, but {name} is {_name(dtype)}"
+            return f"reads and writes fp16, bf16 or fp32, but {name} is {dtype_name(dtype)}"
     return None
 
 
@@ -43,7 +39,7 @@ def _indices(call: Call, *names: str) -> str | None:
     for name in names:
         tensor = call.arguments.get(name)
         if tensor is not None and tensor.dtype not in INTEGERS:
-            return f"{name} must be int32 or int64, not {_name(tensor.dtype)}"
+            return f"{name} must be int32 or int64, not {dtype_name(tensor.dtype)}"
     return None
 
 
@@ -68,7 +64,7 @@ def chunked_refusal(call: Call, arch: Arch) -> str | None:
     if missing:
         return missing
     if call.v.dtype not in (torch.float16, torch.bfloat16):
-        return f"multiplies in v's dtype, which must be fp16 or bf16, not {_name(call.v.dtype)}"
+        return f"multiplies in v's dtype, which must be fp16 or bf16, not {dtype_name(call.v.dtype)}"
     if call.g.ndim == 4 and call.k.shape[3] == 256:
         return "a decay per channel takes three tiles of keys and queries, which for 256 channels are too large"
     return (

@@ -42,11 +42,12 @@ def refusal(call: Call, arch: Arch) -> str | None:
         return missing
     q, k, v = call.q, call.k, call.v
     if q.dtype not in DTYPES:
-        return f"computes in fp16, bf16 or fp32, not {_name(q.dtype)}"
+        return f"computes in fp16, bf16 or fp32, not {dtype_name(q.dtype)}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"needs q, k and v of one dtype, got {_name(q.dtype)}, {_name(k.dtype)} and {_name(v.dtype)}"
+        names = [dtype_name(t.dtype) for t in (q, k, v)]
+        return f"needs q, k and v of one dtype, got {names[0]}, {names[1]} and {names[2]}"
     if call.out_dtype is not None and call.out_dtype not in DTYPES:
-        return f"writes fp16, bf16 or fp32, not {_name(call.out_dtype)}"
+        return f"writes fp16, bf16 or fp32, not {dtype_name(call.out_dtype)}"
     for what, tensor in (("head dim", q), ("value head dim", v)):
         size = tensor.shape[3]
         if not isinstance(size, int):
@@ -58,11 +59,12 @@ def refusal(call: Call, arch: Arch) -> str | None:
     if call.hint(k.shape[2]) >= FAR:
         return f"more than {FAR} keys"
     if call.bias is not None and call.bias.dtype not in (*DTYPES, torch.bool):
-        return f"a bias must be bool, fp16, bf16 or fp32, not {_name(call.bias.dtype)}"
+        return f"a bias must be bool, fp16, bf16 or fp32, not {dtype_name(call.bias.dtype)}"
     return None
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``, as a refusal says it."""
     return str(dtype).removeprefix("torch.")
 
 

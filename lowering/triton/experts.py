@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import DTYPES, card_of, device_guard, triton_missing
+from .arguments import DTYPES, card_of, device_guard, dtype_name, triton_missing
 from .expert_tiles import ExpertTiles, Plan, expert_plan, reads_singly
 
 FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
@@ -37,10 +37,10 @@ def moe_refusal(call: Call, arch: Arch) -> str | None:
     if refusal:
         return refusal
     if call.topk_ids.dtype not in IDS:
-        return f"needs expert numbers in int16, int32 or int64, not {_name(call.topk_ids.dtype)}"
+        return f"needs expert numbers in int16, int32 or int64, not {dtype_name(call.topk_ids.dtype)}"
     for what, t in (("topk_weights", call.topk_weights), ("w13_bias", call.w13_bias), ("w2_bias", call.w2_bias)):
         if t is not None and t.dtype not in DTYPES:
-            return f"needs {what} in fp16, bf16 or fp32, not {_name(t.dtype)}"
+            return f"needs {what} in fp16, bf16 or fp32, not {dtype_name(t.dtype)}"
     if call.format == "mxfp4":
         refusal = packed_refusal([w13, w2], [call.w13_scale, call.w2_scale])
         if refusal:
@@ -81,9 +81,9 @@ def weight_refusal(
     if arch.family not in FAMILIES:
         return f"needs a CUDA GPU of compute capability 8.0 or later, not {arch.name}"
     if x.dtype not in DTYPES:
-        return f"computes in fp16, bf16 or fp32, not {_name(x.dtype)}"
+        return f"computes in fp16, bf16 or fp32, not {dtype_name(x.dtype)}"
     if out_dtype is not None and out_dtype not in DTYPES:
-        return f"writes fp16, bf16 or fp32, not {_name(out_dtype)}"
+        return f"writes fp16, bf16 or fp32, not {dtype_name(out_dtype)}"
     if not isinstance(x.shape[-1], int) or not all(isinstance(s, int) for w in weights for s in w.shape):
         return "the sizes of the weights must be known while compiling"
     if scales[0] is not None:
@@ -91,8 +91,8 @@ def weight_refusal(
             return "multiplies MXFP4 weights in bf16 or fp32, since fp16 cannot hold their range"
         return None
     if any(w.dtype != x.dtype for w in weights):
-        names = ", ".join(_name(w.dtype) for w in weights)
-        return f"needs x and plain weights of one dtype, got {_name(x.dtype)} and {names}"
+        names = ", ".join(dtype_name(w.dtype) for w in weights)
+        return f"needs x and plain weights of one dtype, got {dtype_name(x.dtype)} and {names}"
     return None
 
 
@@ -101,14 +101,10 @@ def packed_refusal(weights: list[Tensor], scales: list[Tensor | None]) -> str | 
     for w, scale in zip(weights, scales, strict=True):
         assert scale is not None
         if w.element_size() != 1 or scale.element_size() != 1:
-            return f"needs packed weights and scales in bytes, got {_name(w.dtype)} and {_name(scale.dtype)}"
+            return f"needs packed weights and scales in bytes, got {dtype_name(w.dtype)} and {dtype_name(scale.dtype)}"
         if scale.stride(-1) != 1 and scale.shape[-1] > 1:
             return "needs the scales of a row side by side in memory"
     return None
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def apart_refusal(gate_up: tuple[Tensor, Tensor], biases: tuple[Tensor | None, Tensor | None]) -> str | None:
