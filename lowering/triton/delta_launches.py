@@ -48,10 +48,9 @@ def delta_chunked(arch: Arch) -> Iterator[Launch]:
 @space("delta_step")
 def delta_step(arch: Arch) -> Iterator[Launch]:
     """One token, and four drafts to verify, against few and many states."""
-    from .delta_step_kernel import update_kernel
+    from .delta_step_kernel import update_kernel, verify_kernel
     from .delta_tiles import step_tiles
     from .delta_update import update_launch, verify_launch
-    from .delta_verify_kernel import verify_kernel
 
     slots = meta(1, dtype=torch.int64)
     for K, V, kda, states in product(HEAD_DIMS, HEAD_DIMS, (False, True), (1, 1 << 16)):
@@ -63,7 +62,7 @@ def delta_step(arch: Arch) -> Iterator[Launch]:
         verify = verify_launch(many, *drafts, pool, journal, slots, slots, slots, 0.1, "rsqrt")[1]
         case = f"{K}x{V}, {'KDA' if kda else 'GDN'}, {states} states"
         yield Launch(case, update_kernel, update, one.num_warps, 3, matrix=False)
-        yield Launch(case, verify_kernel, verify, many.num_warps, 3)
+        yield Launch(case, verify_kernel, verify, many.num_warps, 3, matrix=False)
 
 
 @space("causal_conv1d")

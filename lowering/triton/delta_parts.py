@@ -60,20 +60,6 @@ def unit_scale(squares, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def token_rows(base, rows, cols, stride_t, stride_d, TOKENS):
-    """``[tokens, columns]`` fp32; zero behind the last token."""
-    pointers = base + rows[:, None] * stride_t + cols[None, :] * stride_d
-    return tl.load(pointers, mask=(rows < TOKENS)[:, None], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def unit_rows(base, rows, cols, stride_t, stride_d, eps, TOKENS, NORM: tl.constexpr):
-    """`token_rows`, each of unit length if it is to be."""
-    x = token_rows(base, rows, cols, stride_t, stride_d, TOKENS)
-    return x * unit_scale(tl.sum(x * x, 1), eps, NORM)[:, None]
-
-
-@triton.jit
 def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
     """``(I + A)^-1`` for a strictly lower triangular A, fp32 ``[C, C]``; C is 64.
 
@@ -89,7 +75,10 @@ def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
     i = tl.arange(0, BLOCK)
     eye = tl.where(i[:, None] == i[None, :], 1.0, 0.0)[None]
     near = (i[:, None] // 4 == i[None, :] // 4)[None]
-    X = _inverse_of_block(diagonal, eye, near, PRECISION)
+    inner = tl.where(near, diagonal, 0.0)
+    X = _fourth_power_vanishes(inner, eye, PRECISION)
+    N = tl.dot(X, tl.where(near, 0.0, diagonal), input_precision=PRECISION)
+    X = tl.dot(_fourth_power_vanishes(N, eye, PRECISION), X, input_precision=PRECISION)
     # Back to [C, C].
     X = tl.where(same_part, X[:, :, None, :], 0.0)
     X = tl.reshape(X, (C, C))
@@ -98,25 +87,6 @@ def unit_lower_inverse(A, C: tl.constexpr, PRECISION: tl.constexpr):
     N = tl.dot(X, tl.where(outside, A, 0.0), input_precision=PRECISION)
     whole_eye = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
     return tl.dot(_fourth_power_vanishes(N, whole_eye, PRECISION), X, input_precision=PRECISION)
-
-
-@triton.jit
-def unit_lower_inverse_of_block(A, ORDER: tl.constexpr, PRECISION: tl.constexpr):
-    """``(I + A)^-1`` for a strictly lower triangular A, fp32 ``[16, 16]``, whose rows and columns from ORDER on are 0."""
-    i = tl.arange(0, BLOCK)
-    eye = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    if ORDER <= 4:
-        X = _fourth_power_vanishes(A, eye, PRECISION)
-    else:
-        X = _inverse_of_block(A, eye, i[:, None] // 4 == i[None, :] // 4, PRECISION)
-    return X
-
-
-@triton.jit
-def _inverse_of_block(A, eye, near, PRECISION: tl.constexpr):
-    X = _fourth_power_vanishes(tl.where(near, A, 0.0), eye, PRECISION)
-    N = tl.dot(X, tl.where(near, 0.0, A), input_precision=PRECISION)
-    return tl.dot(_fourth_power_vanishes(N, eye, PRECISION), X, input_precision=PRECISION)
 
 
 @triton.jit

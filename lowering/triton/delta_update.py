@@ -52,8 +52,8 @@ def update_launch(
 ) -> tuple[Tensor, dict[str, Any], tuple[int, int, int]]:  # fmt: skip
     """Storage of o, the kernel's arguments by name, and its grid."""
     out, a = _operands(q, k, v, g, beta, state_pool, slots, scale, qk_l2norm, eps, out_dtype)
-    B, S, Hv, V = v.shape
-    a |= dict(BLOCK_V=tiles.width, TOKENS_PAD=1 << max(0, S - 1).bit_length())
+    a["BLOCK_V"] = tiles.width
+    B, _, Hv, V = v.shape
     return out, a, (V // tiles.width, Hv, B)
 
 
@@ -79,7 +79,7 @@ def gated_delta_rule_verify(
 
 def run_verify(tiles: StepTiles, *args: Any, **kwargs: Any) -> Tensor:
     """`gated_delta_rule_verify` with the tiles given."""
-    from .delta_verify_kernel import verify_kernel
+    from .delta_step_kernel import verify_kernel
 
     out, arguments, grid = verify_launch(tiles, *args, **kwargs)
     with device_guard(out):
@@ -105,8 +105,12 @@ def verify_launch(
         )
     a |= dict(journal=journal, accepted=accepted, stride_acc=accepted.stride(0), turn=turn, stride_turn=turn.stride(0))
     a |= zip(("stride_jp", "stride_half", "stride_jt", "stride_jh", "stride_jd"), journal.stride(), strict=True)
-    a |= dict(DEPTH=journal.shape[2], BLOCK_V=tiles.width)
+    a |= dict(DEPTH=journal.shape[2], DEPTH_PAD=_padded(journal.shape[2]), BLOCK_V=tiles.width)
     return out, a, (V // tiles.width, Hv, B)
+
+
+def _padded(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
 
 
 def _operands(
@@ -125,7 +129,7 @@ def _operands(
     out = v.new_empty(v.shape, dtype=out_dtype or v.dtype)
     a: dict[str, Any] = dict(
         q=q, k=k, v=v, g=g, beta=beta, pool=pool, slots=slots, out=out, stride_slot=slots.stride(0),
-        scale=float(scale), eps=float(eps), TOKENS=S, GROUP=Hv // Hk, K=K, V=V,
+        scale=float(scale), eps=float(eps), TOKENS=S, TOKENS_PAD=_padded(S), GROUP=Hv // Hk, K=K, V=V,
         NORM=qk_l2norm != "none",
         PER_CHANNEL=g.ndim == 4, stride_gd=g.stride(3) if g.ndim == 4 else 0,
     )  # fmt: skip
