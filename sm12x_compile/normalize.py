@@ -272,7 +272,7 @@ def _refuse_aliased_mutations(gm: GraphModule, placeholders: list[Node], mutated
     for out in outputs:
         value = example_value(out) if isinstance(out, Node) else None
         base = written.get(_storage(value))
-        if base is not None and not _is_whole(value, base):
+        if isinstance(value, torch.Tensor) and base is not None and not _is_whole(value, base):
             raise NotNormalizable(f"output {out.name} is a view of an input that the graph writes")
 
 
