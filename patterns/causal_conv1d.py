@@ -259,15 +259,18 @@ def _past(window: Window, width: int) -> Element | Refusal | None:
     if window.n0 == 0:
         return None
     before = add(window.n0, 1 - width)
-    if not known_nonnegative(before):
+    short = isinstance(before, int) and before < 0  # the convolution's own padding stands in front of X
+    if not short and not known_nonnegative(before):
         return Refusal("fewer inputs than the window stand in front of the first one", window.node)
-    j = Var("j", width - 1)
-    element = window.at(Index.of(j) + before)
+    j = Var("j", window.n0 if short else width - 1)
+    element = window.at(Index.of(j) + (0 if short else before))
     found = step(element)
     while isinstance(found, Element):
         element, found = found, step(found)
     if isinstance(found, Number) and found.value == 0:
         return None
+    if short:
+        return Refusal("the state in front of the first input is shorter than the window", window.node)
     return source(element)
 
 

@@ -18,6 +18,7 @@ from torch._ops import HigherOrderOperator
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import scalar_index
 from .vocabulary import unify
@@ -69,12 +70,18 @@ def normalize(gm: GraphModule) -> GraphModule:
             reader = _Reader(gm)
             out = reader.run(*wrapped)
             reader.finish(wrapped, out)
-            result = pytree.tree_map_only(FunctionalTensor, _unwrap, out)
             written = [
                 (i, _unwrap(a))
                 for i, a in enumerate(wrapped)
                 if isinstance(a, FunctionalTensor) and _is_written(a)
             ]
+
+            def returned(x: FunctionalTensor) -> Any:
+                """A written input that is also an output stays the caller's own tensor."""
+                own = next((i for i, _ in written if _is_whole(x, wrapped[i])), None)
+                return _unwrap(x) if own is None else args[own]
+
+            result = pytree.tree_map_only(FunctionalTensor, returned, out)
         for i, value in written:
             args[i].copy_(value)
         mutated.extend(i for i, _ in written)
@@ -186,8 +193,16 @@ def _is_python_float(node: Node) -> bool:
     )  # fmt: skip
 
 
-def _shares(a: FunctionalTensor, b: FunctionalTensor) -> bool:
+def _shares(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+
+def _is_whole(view: torch.Tensor, base: torch.Tensor) -> bool:
+    """Whether a view of a tensor's storage is the tensor itself."""
+    if not _shares(view, base) or view.dtype != base.dtype or view.dim() != base.dim():
+        return False
+    mine, its = ((*x.shape, *x.stride(), x.storage_offset()) for x in (view, base))
+    return all(statically_known_true(a == b) for a, b in zip(mine, its, strict=True))
 
 
 def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
@@ -249,13 +264,15 @@ def _refuse_aliased_mutations(gm: GraphModule, placeholders: list[Node], mutated
     if not mutated:
         return
     storages = [_storage(example_value(n)) for n in placeholders]
-    written = {storages[i] for i in mutated} - {None}
+    written = {storages[i]: example_value(placeholders[i]) for i in mutated if storages[i] is not None}
     for i, storage in enumerate(storages):
         if storage in written and storages.count(storage) > 1:
             raise NotNormalizable(f"mutated input {placeholders[i].name} shares storage with another input")
     outputs = pytree.tree_leaves(gm.graph.output_node().args)
     for out in outputs:
-        if isinstance(out, Node) and _storage(example_value(out)) in written:
+        value = example_value(out) if isinstance(out, Node) else None
+        base = written.get(_storage(value))
+        if isinstance(value, torch.Tensor) and base is not None and not _is_whole(value, base):
             raise NotNormalizable(f"output {out.name} is a view of an input that the graph writes")
 
 

@@ -373,6 +373,26 @@ def test_the_overlapping_input_and_the_output_are_named() -> None:
         normal_forms(output_is_a_view, *heads())
 
 
+def counts(count: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """As a static cache counts: moved to where it is already, and written there."""
+    count = count.to(q.device)
+    count.add_(q.shape[2])
+    return attend(q, k, v), count
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_a_written_input_that_is_returned_stays_the_callers_own(codegen: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(counts, backend=sm12x_compile.sm12x, options={"codegen": codegen}, fullgraph=True)
+    count, tensors = torch.zeros((), dtype=torch.int64), heads()
+    with sm12x_compile.collect() as report:
+        for step in (1, 2):
+            out, returned = compiled(count, *tensors)
+            assert returned.data_ptr() == count.data_ptr() and count.item() == step * tensors[0].shape[2]
+            torch.testing.assert_close(out, attend(*tensors))
+    assert report.count("attention") == 1 and not report.warnings
+
+
 def test_overlapping_inputs_only_read_are_fine() -> None:
     q, k, v = same_storage()
     assert not calls(normal_form(attend, q, k, v), aten.copy_.default)

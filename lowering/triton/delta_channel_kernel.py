@@ -1,9 +1,10 @@
 """First kernel of the chunked gated delta rule, decay per channel of K (KDA); see `delta_prepare_kernel` for the rest.
 
 ``sum_c k_ic k_jc e^(G_ic - G_jc)`` is a product of matrices only once the exponential is split, and ``e^(-G_jc)``
-alone overflows. So the pairs i > j are taken in log2(CHUNK) groups: at level s the chunk is cut into runs of 2 s
-tokens, i lies in the second half of a run and j in the first half of the same run. With R the running sum at the end
-of the first half, ``e^(G_i - R)`` and ``e^(R - G_j)`` are both at most 1.
+alone overflows. So the pairs i > j are taken in groups: at level s the chunk is cut into runs of 2 s tokens, i lies in
+the second half of a run and j in the first half of the same run. With R the running sum at the end of the first half,
+``e^(G_i - R)`` and ``e^(R - G_j)`` are both at most 1. Levels 32 and 16 leave pairs inside 16 tokens. If none of their
+decays is stronger than 2^-60 to the middle, these are one product more; else they take levels 8 to 1.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .delta_parts import locate, log2_decay, unit_lower_inverse, unit_scale
+from .delta_parts import BLOCK, locate, log2_decay, unit_lower_inverse, unit_scale
+
+STRONGEST: tl.constexpr = tl.constexpr(60.0)  # logarithm to the base 2
 
 
 @triton.jit
@@ -19,6 +22,54 @@ def _running_sum(g, t, cols, valid, stride_gt, stride_gd):
     pointers = g + (t * stride_gt)[:, None] + cols[None, :] * stride_gd
     decay = log2_decay(tl.load(pointers, mask=valid[:, None], other=0.0))
     return tl.cumsum(decay, 0), tl.sum(decay, 0)
+
+
+@triton.jit
+def _at(G, place, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of G."""
+    return tl.gather(G, tl.broadcast_to(place[:, None], (CHUNK, BLOCK_D)), 0)
+
+
+@triton.jit
+def _level(
+    kk, qk, k, q, G, row, half, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Adds the pairs of one level."""
+    second = ((row // half) % 2 == 1)[:, None]
+    run = row // (2 * half)
+    R = _at(G, run * (2 * half) + half - 1, CHUNK, BLOCK_D)
+    share = tl.exp2(tl.where(second, G - R, R - G))
+    first_k = tl.trans(tl.where(second, 0.0, k * share).to(dtype))
+    second_k = tl.where(second, k * share, 0.0).to(dtype)
+    second_q = tl.where(second, q * share, 0.0).to(dtype)
+    same_run = run[:, None] == run[None, :]
+    kk += tl.where(same_run, tl.dot(second_k, first_k, input_precision=PRECISION), 0.0)
+    qk += tl.where(same_run, tl.dot(second_q, first_k, input_precision=PRECISION), 0.0)
+    return kk, qk
+
+
+@triton.jit
+def _all_pairs(
+    kk, qk, k, q, G, row, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr
+):  # fmt: skip
+    """Adds what these channels say about all pairs i > j."""
+    block = row // BLOCK
+    middle = block * BLOCK + BLOCK // 2 - 1
+    ahead = tl.abs(G - _at(G, middle, CHUNK, BLOCK_D))
+    mild = (dtype != tl.float16) & (tl.max(tl.max(ahead, 1), 0) <= STRONGEST)  # fp16 has too few exponents
+    half = CHUNK // 2
+    last = tl.where(mild, BLOCK // 2, 0)
+    while half > last:
+        kk, qk = _level(kk, qk, k, q, G, row, half, CHUNK, BLOCK_D, PRECISION, dtype)
+        half = half // 2
+    if mild:
+        share = tl.exp2(G - _at(G, middle, CHUNK, BLOCK_D))
+        from_k = tl.trans((k / share).to(dtype))
+        near = (block[:, None] == block[None, :]) & (row[:, None] > row[None, :])
+        kk += tl.where(near, tl.dot((k * share).to(dtype), from_k, input_precision=PRECISION), 0.0)
+        qk += tl.where(near, tl.dot((q * share).to(dtype), from_k, input_precision=PRECISION), 0.0)
+    return kk, qk
 
 
 @triton.jit(do_not_specialize=["T", "sequences"])
@@ -63,19 +114,7 @@ def prepare_channels_kernel(
         k_squares += tl.sum(k_part * k_part, 1)
         q_squares += tl.sum(q_part * q_part, 1)
         G, last = _running_sum(g, t, d + cols, valid, stride_gt, stride_gd)
-        half = CHUNK // 2
-        while half > 0:
-            second = (row // half) % 2 == 1
-            middle = row // (2 * half) * (2 * half) + half - 1
-            R = tl.gather(G, tl.broadcast_to(middle[:, None], (CHUNK, BLOCK_D)), 0)
-            share = tl.exp2(tl.where(second[:, None], G - R, R - G))
-            first_k = tl.where(second[:, None], 0.0, k_part * share).to(dtype)
-            second_k = tl.where(second[:, None], k_part * share, 0.0).to(dtype)
-            second_q = tl.where(second[:, None], q_part * share, 0.0).to(dtype)
-            same_run = row[:, None] // (2 * half) == row[None, :] // (2 * half)
-            kk += tl.where(same_run, tl.dot(second_k, tl.trans(first_k), input_precision=PRECISION), 0.0)
-            qk += tl.where(same_run, tl.dot(second_q, tl.trans(first_k), input_precision=PRECISION), 0.0)
-            half = half // 2
+        kk, qk = _all_pairs(kk, qk, k_part, q_part, G, row, CHUNK, BLOCK_D, PRECISION, dtype)
     k_unit = unit_scale(k_squares, eps, NORM)
     q_unit = unit_scale(q_squares, eps, NORM) * scale
 

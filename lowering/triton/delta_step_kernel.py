@@ -136,10 +136,10 @@ def verify_kernel(
     last_k = _rows(last, entries, cols, stride_jt, stride_jd, DEPTH)
     last_u = _rows(last + K * stride_jd, entries, out_cols, stride_jt, stride_jd, DEPTH)
     last_g = _decays(last + (K + V) * stride_jd, entries, cols, stride_jt, stride_jd, DEPTH, PER_CHANNEL)
-    for s in tl.static_range(0, DEPTH):
-        grown = S * tl.exp2(_row(last_g, entries, s) * LOG2E)[:, None]
-        grown += _row(last_k, entries, s)[:, None] * _row(last_u, entries, s)[None, :]
-        S = tl.where(known > s, grown, S)
+    # Loops, not copies: code that runs once takes longer to fetch than to run.
+    for s in tl.range(0, tl.minimum(known, DEPTH).to(tl.int32)):
+        S = S * tl.exp2(_row(last_g, entries, s) * LOG2E)[:, None]
+        S += _row(last_k, entries, s)[:, None] * _row(last_u, entries, s)[None, :]
     tl.store(state, S.to(pool.dtype.element_ty))
 
     new = journal + (1 - half) * stride_half
@@ -149,7 +149,7 @@ def verify_kernel(
         tl.store(entry, all_k.to(journal.dtype.element_ty), mask=inside)
         channels = cols < (K if PER_CHANNEL else 1)
         tl.store(entry + (K + V) * stride_jd, all_g.to(journal.dtype.element_ty), mask=inside & channels[None, :])
-    for s in tl.static_range(0, TOKENS):
+    for s in tl.range(0, TOKENS):
         S, u, o = _token(
             S, _row(all_q, rows, s) * scale, _row(all_k, rows, s), _row(all_v, rows, s), _row(all_g, rows, s),
             _row(all_beta, rows, s),

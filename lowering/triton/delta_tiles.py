@@ -44,7 +44,7 @@ class StepTiles:
 def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunks: int) -> ChunkTiles:
     """Tiles for head dims K and V, so many heads (of all sequences) and chunks a sequence."""
     if per_channel:
-        prepare = Tile(32, 8, 1)
+        prepare = Tile(32, 4 if arch.wgmma else 8, 1)
     else:
         prepare = Tile(64, 4, 1, 168 if arch.wgmma else None)
     if not arch.wgmma:
@@ -75,10 +75,10 @@ def step_tiles(arch: Arch, K: int, V: int, states: int, drafts: bool = False) ->
     """Tiles of the step kernels for so many states. Few warps a program: sums over K then need no barrier.
 
     Few states are spread over more programs, many are read in longer rows. `drafts`: of the verifying kernel, which
-    keeps four tokens and their journal in registers as well.
+    keeps all tokens and their journal in registers as well.
     """
     warps = 1 if K <= 128 else 2
     many = states * (V // 16) >= 16 * arch.sm_count
     if many and arch.wgmma and K <= 128:
         return StepTiles(32, warps)
-    return StepTiles(8 if drafts and not (many and K <= 128) else 16, warps)
+    return StepTiles(8 if drafts and K > 128 else 16, warps)

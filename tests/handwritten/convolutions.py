@@ -97,6 +97,35 @@ def unfolded_tokens_first():
     return Short(), lambda d: (d.randn(d.B, d.S, C),)
 
 
+@case(window=4, activation="silu")
+def prompt_shorter_than_the_window():
+    """The zeros in front come from two paddings; the padded inputs are kept as the state."""
+
+    class Short(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(C, C, W, groups=C, padding=W - 1, bias=False)
+
+        def forward(self, x):
+            window = F.pad(x, (W - x.shape[-1], 0))
+            return F.silu(self.conv(window)[..., :W])[..., -x.shape[-1] :], window
+
+    return Short(), lambda d: (d.randn(d.B, C, 2),)
+
+
+@case(refused=True)
+def state_shorter_than_the_window():
+    class Short(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(C, C, W, groups=C, padding=W - 1)
+
+        def forward(self, x, state):
+            return self.conv(torch.cat([state, x], dim=-1))[..., 2 : 2 + x.shape[-1]]
+
+    return Short(), lambda d: (d.randn(d.B, C, d.S), d.randn(d.B, C, 2))
+
+
 @case(refused=True)
 def looks_ahead():
     class Short(nn.Module):
