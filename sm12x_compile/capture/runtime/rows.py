@@ -29,6 +29,7 @@ class Rows:
         component: the value is the position along this axis of the mask (an index that `where` gave), if any.
         factor: the value is ``dense * factor`` with `factor` one number for each row, over more axes than
             `dense`. Kept apart so that the product is taken once for each element of `dense`.
+        rounded: the dtype to which that product is cast, if it is.
         fresh: in the author's code no other value shares its memory, so that it may be written in place (which
             gives it a new `dense` here).
         gathered: where in the trace `dense`, still the memory of the author's tensor, was read; -1 if it is not.
@@ -44,12 +45,14 @@ class Rows:
         factor: Any = None,
         fresh: bool = True,
         gathered: int = -1,
+        rounded: torch.dtype | None = None,
     ) -> None:
         self.selection = selection
         self.axes = axes
         self._dense = dense
         self.component = component
         self.factor = factor
+        self.rounded = rounded
         self.fresh = fresh
         self.gathered = gathered
 
@@ -59,7 +62,7 @@ class Rows:
             from .rowwise import product
 
             whole = product(self)
-            self.axes, self._dense, self.factor = whole.axes, whole._dense, None
+            self.axes, self._dense, self.factor, self.rounded = whole.axes, whole._dense, None, None
         return self.unscaled
 
     @property
@@ -97,6 +100,8 @@ class Rows:
     @property
     def dtype(self) -> torch.dtype:
         own = self._dense.dtype
+        if self.rounded is not None:
+            return self.rounded
         return own if self.factor is None else torch.promote_types(own, self.factor._dense.dtype)
 
     @property

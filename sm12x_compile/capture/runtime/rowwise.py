@@ -158,7 +158,7 @@ def _scaled(a: Any, b: Any) -> Rows | None:
         return None
     if not set(a.axes) <= set(b.axes) or not a.selection.same_as(b.selection) or _is_per_row(a):
         return None
-    return Rows(a.selection, a.axes, a.unscaled, factor=b, fresh=True)
+    return Rows(a.selection, a.axes, a.unscaled, factor=b, gathered=a.gathered)
 
 
 def _cast_scaled(rows: Rows, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
@@ -168,9 +168,12 @@ def _cast_scaled(rows: Rows, name: str, args: tuple[Any, ...], kwargs: dict[str,
             dtype = a
         elif isinstance(a, (Tensor, Rows)):
             dtype = a.dtype
-    if dtype is None or dtype == rows.dtype:
+    if dtype is not None and dtype == rows.dtype:
         return rows
-    return elementwise(None, name, (product(rows), *args), kwargs)
+    floats = dtype is not None and dtype.is_floating_point and rows.dtype.is_floating_point
+    if not floats or rows.rounded is not None or kwargs.keys() - {"dtype"}:
+        return elementwise(None, name, (product(rows), *args), kwargs)
+    return Rows(rows.selection, rows.axes, rows.unscaled, factor=rows.factor, gathered=rows.gathered, rounded=dtype)
 
 
 _NAMED = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
@@ -180,7 +183,8 @@ def product(rows: Rows) -> Rows:
     """Take the product that was put off, over all the axes."""
     plain = Rows(rows.selection, rows.axes, rows.unscaled)
     axes, _ = aligned([plain, rows.factor], "mul")
-    return Rows(rows.selection, axes, over(plain, axes) * over(rows.factor, axes))
+    whole = over(plain, axes) * over(rows.factor, axes)
+    return Rows(rows.selection, axes, whole if rows.rounded is None else whole.to(rows.rounded))
 
 
 def user_dim(rows: Rows, dim: int, name: str, *, new: bool = False) -> int:
