@@ -50,6 +50,7 @@ class Rows:
         self.selection = selection
         self.axes = axes
         self._dense = dense
+        self.ndim = dense.ndim - len(axes) + 1
         self.component = component
         self.factor = factor
         self.rounded = rounded
@@ -83,15 +84,8 @@ class Rows:
     # Shape. R is a `Count`.
 
     @property
-    def ndim(self) -> int:
-        return self._dense.ndim - self._lead() + 1
-
-    def _lead(self) -> int:
-        return len(self.axes)
-
-    @property
     def rest(self) -> tuple[int, ...]:
-        return tuple(self._dense.shape[self._lead() :])
+        return tuple(self._dense.shape[len(self.axes) :])
 
     @property
     def shape(self) -> tuple[Any, ...]:

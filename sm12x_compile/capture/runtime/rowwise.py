@@ -83,6 +83,8 @@ def in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def aligned(operands: list[Rows], name: str) -> tuple[tuple[int, ...], int]:
     """The axes that operands depend on together, and their number of dimensions in the author's code."""
     first = operands[0]
+    if len(operands) == 1:
+        return first.axes, first.ndim
     axes = set(first.axes)
     for other in operands[1:]:
         if not other.selection.same_as(first.selection):
@@ -96,14 +98,20 @@ def aligned(operands: list[Rows], name: str) -> tuple[tuple[int, ...], int]:
 def over(rows: Rows, axes: tuple[int, ...]) -> Tensor:
     """The dense form with a dimension for each of `axes`."""
     dense = rows.dense
-    for position, axis in enumerate(axes):
-        if axis not in rows.axes:
+    if axes == rows.axes:
+        return dense
+    for position in range(len(axes)):
+        if axes[position] not in rows.axes:
             dense = dense.unsqueeze(position)
     return dense
 
 
 def _operands(args: Any) -> list[Rows]:
-    return [a for a in args if isinstance(a, Rows)]
+    found = []
+    for a in args:
+        if isinstance(a, Rows):
+            found.append(a)
+    return found
 
 
 def call(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -145,7 +153,10 @@ def _operand(a: Any, axes: tuple[int, ...], ndim: int, name: str) -> Any:
 
 def _is_per_row(x: Any) -> bool:
     """One number for each row: ``[R]`` or ``[R, 1, ...]``."""
-    return all(n == 1 for n in x.rest)
+    for n in x.rest:
+        if n != 1:
+            return False
+    return True
 
 
 def _scaled(a: Any, b: Any) -> Rows | None:
