@@ -60,6 +60,7 @@ def normalize(gm: GraphModule) -> GraphModule:
     if any(t.layout != torch.strided for t in tensors):
         raise NotNormalizable("an input is a sparse or otherwise non-strided tensor")
     mutated: list[int] = []
+    whole = _returned_inputs(gm, placeholders)
 
     def functional(*args: Any) -> Any:
         # Pre-dispatch tracing functionalises in Python; the C++ key must not do it a second time.
@@ -78,7 +79,11 @@ def normalize(gm: GraphModule) -> GraphModule:
         for i, value in written:
             args[i].copy_(value)
         mutated.extend(i for i, _ in written)
-        return result
+        leaves, spec = pytree.tree_flatten(result)
+        for position, i in whole.items():
+            if i in mutated:
+                leaves[position] = args[i]
+        return pytree.tree_unflatten(leaves, spec)
 
     with mode, torch.no_grad(), fx_traceback.preserve_node_meta():
         normal = make_fx(
@@ -253,10 +258,41 @@ def _refuse_aliased_mutations(gm: GraphModule, placeholders: list[Node], mutated
     for i, storage in enumerate(storages):
         if storage in written and storages.count(storage) > 1:
             raise NotNormalizable(f"mutated input {placeholders[i].name} shares storage with another input")
-    outputs = pytree.tree_leaves(gm.graph.output_node().args)
-    for out in outputs:
-        if isinstance(out, Node) and _storage(example_value(out)) in written:
+    outputs = pytree.tree_leaves(gm.graph.output_node().args[0])
+    whole = _returned_inputs(gm, placeholders)
+    for position, out in enumerate(outputs):
+        if isinstance(out, Node) and position not in whole and _storage(example_value(out)) in written:
             raise NotNormalizable(f"output {out.name} is a view of an input that the graph writes")
+
+
+def _returned_inputs(gm: GraphModule, placeholders: list[Node]) -> dict[int, int]:
+    """Outputs that are an input as it is, as ``x.to(device)`` of what is there: which output is which input."""
+    values = [example_value(n) for n in placeholders]
+    found: dict[int, int] = {}
+    for position, out in enumerate(pytree.tree_leaves(gm.graph.output_node().args[0])):
+        value = example_value(out) if isinstance(out, Node) else None
+        storage = _storage(value)
+        for i, given in enumerate(values):
+            if storage is not None and _storage(given) == storage and _is_laid_out_as(value, given):
+                found[position] = i
+                break
+    return found
+
+
+def _is_laid_out_as(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    if a.dtype != b.dtype or a.dim() != b.dim() or a.is_conj() != b.is_conj() or a.is_neg() != b.is_neg():
+        return False
+    # Exactly the same expressions: no guard may follow from the question.
+    pairs = zip((*a.shape, *a.stride(), a.storage_offset()), (*b.shape, *b.stride(), b.storage_offset()), strict=True)
+    return all(_same_number(x, y) for x, y in pairs)
+
+
+def _same_number(x: Any, y: Any) -> bool:
+    if isinstance(x, int) and isinstance(y, int):
+        return x == y
+    return isinstance(x, torch.SymInt) and isinstance(y, torch.SymInt) and x.node.expr == y.node.expr
 
 
 def _storage(value: Any) -> int | None:
