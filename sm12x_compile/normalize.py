@@ -271,9 +271,10 @@ def _returned_inputs(gm: GraphModule, placeholders: list[Node]) -> dict[int, int
     found: dict[int, int] = {}
     for position, out in enumerate(pytree.tree_leaves(gm.graph.output_node().args[0])):
         value = example_value(out) if isinstance(out, Node) else None
-        storage = _storage(value)
+        if not isinstance(value, torch.Tensor) or _storage(value) is None:
+            continue
         for i, given in enumerate(values):
-            if storage is not None and _storage(given) == storage and _is_laid_out_as(value, given):
+            if _storage(given) == _storage(value) and _is_laid_out_as(value, given):
                 found[position] = i
                 break
     return found

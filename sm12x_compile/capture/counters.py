@@ -32,7 +32,8 @@ def install(undo: list[Callable[[], None]]) -> None:
     @wraps(compile_subgraph)
     def compiling(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         options = options_for(self.compiler_fn)
-        if options is not None and options.capture and not self.export and torch._dynamo.config.automatic_dynamic_shapes:
+        wanted = options is not None and options.capture and not self.export
+        if wanted and torch._dynamo.config.automatic_dynamic_shapes:
             root = self.root_tx
             known = get_code_state()[CodeId.make(root.f_code, root.closure)].automatic_dynamic
             found = False

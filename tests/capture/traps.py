@@ -338,6 +338,18 @@ def globmask(x: Tensor, m: Tensor) -> Any:
     return (y, x)
 
 
+def row_is_a_copy(x: Tensor, m: Tensor) -> Any:
+    """A tensor of one element as an index copies, and keeps the dimension."""
+    y = x.clone()
+    out = torch.zeros(D)
+    for row in m.nonzero():
+        part = y[row]
+        part.add_(1)
+        y[row].mul_(3)
+        out += part[0] * part.shape[0]
+    return (y, out)
+
+
 def scaled_then_written(x: Tensor, m: Tensor) -> Any:
     """The rows were read before `y` is cleared, and are multiplied at once."""
     slot, token = torch.where(torch.stack([m, x[:, 0] > 0]))
@@ -395,6 +407,7 @@ TRAPS = [
     or_short,
     aug_int_loop,
     globmask,
+    row_is_a_copy,
     scaled_then_written,
     rounded_rows,
 ]

@@ -119,7 +119,7 @@ def graph(model: str, role: Role, attn: Attn) -> list[dict[str, Any]]:
 
 def cases() -> Iterator[Case]:
     """Every case that the installed transformers has."""
-    for model, layers in LAYERS.items():
+    for model in LAYERS:
         for attn in attention_implementations(model):
             for phase in PHASES:
                 if phase in FAMILIES[model].phases:

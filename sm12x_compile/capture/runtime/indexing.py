@@ -11,7 +11,7 @@ from .number import Number
 from .predicates import Predicate
 from .provenance import now
 from .refusal import refuse
-from .rows import Rows
+from .rows import BeforeRows, Rows
 from .rowwise import aligned, mixes, over
 from .selection import Count, HitRow, Selection
 from .writes import put_masked, put_rows, under_condition
@@ -32,6 +32,8 @@ def getitem(x: Any, index: Any) -> Any:
     """``x[index]``."""
     if isinstance(index, int):  # before all else: Dynamo traces each step of this, for each expert
         return x[index]
+    if isinstance(x, Tensor) and _has_hit(index):
+        return _at_hit(x, index)
     entries = _entries(index)
     if isinstance(x, Tensor):
         rows = slices = numbers = masks = False
@@ -61,6 +63,23 @@ def getitem(x: Any, index: Any) -> Any:
     return x[entries if isinstance(index, tuple) else entries[0]]
 
 
+def _has_hit(index: Any) -> bool:
+    for e in index if isinstance(index, tuple) else (index,):  # noqa: SIM110  (traced step by step)
+        if isinstance(e, HitRow):
+            return True
+    return False
+
+
+def _at_hit(x: Tensor, index: Any) -> Any:
+    """``x[row]``: in the author's code a copy of one entry, which keeps its dimension."""
+    entries = index if isinstance(index, tuple) else (index,)
+    for e in entries:
+        if isinstance(e, (Rows, Tensor, Number)):
+            refuse("a hit stands beside another index")
+    kept = [slice(e.position, e.position + 1) if isinstance(e, HitRow) else e for e in entries]
+    return x[tuple(kept)].clone()
+
+
 def _has_number(e: slice) -> bool:
     return isinstance(e.start, Number) or isinstance(e.stop, Number)
 
@@ -82,8 +101,10 @@ def _alias(selection: Selection, axes: tuple[int, ...], dense: Tensor) -> Rows:
     return Rows(selection, axes, dense.clone())
 
 
-def _gathered(x: Tensor, entries: tuple[Any, ...]) -> Rows:
+def _gathered(x: Tensor, entries: tuple[Any, ...]) -> Any:
     """``x[i]``, ``x[i, j]`` and ``x[i, j, None, ...]`` with rows of integers."""
+    if entries[0] is None:
+        return BeforeRows(_gathered(x, entries[1:]))
     count = 0
     while count < len(entries) and isinstance(entries[count], Rows):
         count += 1

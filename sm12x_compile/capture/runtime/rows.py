@@ -182,6 +182,43 @@ class Rows:
         return item_of(self, index)
 
 
+class BeforeRows:
+    """Rows behind a dimension of one, ``x[None, rows]``, until that is taken away again."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return (1, *self.rows.shape)
+
+    def reshape(self, *shape: Any) -> Rows:
+        given = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        if len(given) != self.rows.ndim:
+            refuse("rows that a mask selects, behind another dimension, are given another shape")
+        found: Rows = self.rows.reshape(*given)
+        return found
+
+    view = reshape
+
+    def squeeze(self, dim: int) -> Rows:
+        if dim != 0:
+            refuse("rows that a mask selects, behind another dimension, are squeezed along another")
+        return self.rows
+
+    def __getitem__(self, index: Any) -> Rows:
+        if index != 0:
+            refuse("rows that a mask selects, behind another dimension, are indexed")
+        return self.rows
+
+    def __getattr__(self, name: str) -> Any:
+        refuse(f"rows that a mask selects, behind another dimension, are used by {name}")
+
+
 def _method(rows: Rows, name: str, *args: Any, **kwargs: Any) -> Any:
     from .rowwise import apply
 

@@ -153,7 +153,7 @@ def _operand(a: Any, axes: tuple[int, ...], ndim: int, name: str) -> Any:
 
 def _is_per_row(x: Any) -> bool:
     """One number for each row: ``[R]`` or ``[R, 1, ...]``."""
-    for n in x.rest:
+    for n in x.rest:  # noqa: SIM110  (Dynamo traces a generator step by step)
         if n != 1:
             return False
     return True
