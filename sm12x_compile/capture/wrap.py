@@ -131,8 +131,8 @@ def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any
     if options is None or not options.capture:
         return trace_frame(*call.args, **call.kwargs)
     code, log, one_graph = given["code"], given["speculation_log"], given["one_graph"]
-    # An int of a module that was seen to change is a symbol from then on, as any other int.
-    with _ours(log), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+    symbols = torch._dynamo.config.allow_unspec_int_on_nn_module or counters.counts_in_a_module(code)
+    with _ours(log), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=symbols):
         while not getattr(log, "_sm12x_as_it_is", False):
             _load(call, form_of(code))
             given["one_graph"] = False  # this would let sizes that depend on data into the graph
