@@ -75,7 +75,7 @@ def read_block(node: Node, anchor: Node) -> Block:
     Raises:
         Unreadable: it is none, or nearly.
     """
-    reader = Reader(anchor)
+    reader = Reader(anchor, node)
     shape = shape_of(node)
     names = "bstuvw"
     tokens = tuple(Var(names[k % 6], s) for k, s in enumerate(shape[:-1]))

@@ -54,7 +54,7 @@ aten = torch.ops.aten
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 # An op of transformers for dtypes that PyTorch's does not take under torch.compile; it hides a loop with a sync.
 _OPAQUE_GROUPED_MM = "transformers::grouped_mm_fallback"
-FUEL = 20_000
+FUEL, FUEL_A_NODE = 20_000, 60  # a block of experts may be a loop over hundreds
 
 
 class Unreadable(Exception):
@@ -85,16 +85,21 @@ class Guard:
 
 
 class Reader:
-    """Follows elements back through one experts block, and remembers what it had to assume."""
+    """Follows elements back through one experts block, and remembers what it had to assume.
 
-    def __init__(self, anchor: Node) -> None:
+    Args:
+        anchor: what selects the experts.
+        end: the block's value, if it is known: the farther from the anchor, the longer it may take to read.
+    """
+
+    def __init__(self, anchor: Node, end: Node | None = None) -> None:
         self.anchor = anchor
         self.bound: dict[Var, tuple[Node, Index]] = {}
         self.guards: list[Guard] = []
         self.grouped = False
         self.clamped: list[Node] = []
         self._rows: dict[tuple[Node, Index], Var] = {}
-        self._fuel = FUEL
+        self._fuel = FUEL + FUEL_A_NODE * _nodes_between(anchor, end)
 
     # ------------------------------------------------------------ elements
 
@@ -388,6 +393,13 @@ def _reduced(node: Node, index: tuple[Index, ...], kind: str) -> Expr | None:
         return None
     dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
     return reduction(node, index, operand(node), dims, argument(node, 2, "keepdim", False), kind)
+
+
+def _nodes_between(anchor: Node, end: Node | None) -> int:
+    count, node = 0, anchor
+    while end is not None and node is not end and node.op != "output":
+        count, node = count + 1, node.next
+    return count
 
 
 def _data(ix: Index) -> set[Datum]:

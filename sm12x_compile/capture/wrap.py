@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from . import breaks, recompiles
+from . import breaks, counters, recompiles
 from .python_rewrite import NotRewritable, Rewritten, rewrite
 from .runtime.refusal import frame, originals
 from .scope import options_for
@@ -60,6 +60,10 @@ def install() -> None:
     if _undo:
         return
     recompiles.install()
+    try:
+        counters.install(_undo)
+    except (ImportError, AttributeError) as reason:
+        logger.info("Python counters are constants at first with this torch: %s", reason)
     try:
         from torch._dynamo import convert_frame
         from torch._dynamo.variables.functions import NestedUserFunctionVariable, UserFunctionVariable
@@ -127,7 +131,8 @@ def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any
     if options is None or not options.capture:
         return trace_frame(*call.args, **call.kwargs)
     code, log, one_graph = given["code"], given["speculation_log"], given["one_graph"]
-    with _ours(log):
+    symbols = torch._dynamo.config.allow_unspec_int_on_nn_module or counters.counts_in_a_module(code)
+    with _ours(log), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=symbols):
         while not getattr(log, "_sm12x_as_it_is", False):
             _load(call, form_of(code))
             given["one_graph"] = False  # this would let sizes that depend on data into the graph

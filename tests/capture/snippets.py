@@ -116,6 +116,22 @@ class LoopOverHits(nn.Module):
         return out
 
 
+class LoopOverRows(LoopOverHits):
+    """One choice a token; a hit is used as the tensor of one element that it is, and a dimension comes and goes."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        chosen = F.one_hot(ids[:, None], num_classes=E).permute(2, 1, 0)
+        for row in (chosen.sum(dim=(-1, -2)) > 0).nonzero():
+            slot, token = torch.where(chosen[row].squeeze(0))
+            h = x[None, token].reshape(-1, x.shape[-1])
+            h = torch.relu(F.linear(h, self.w13[row][0]))
+            bias = self.w2[row, :, 0]
+            y = (h[:, :D] + bias[0]) * weights[:, None][token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+
 class LoopOverItems(LoopOverHits):
     """The same, with `.item()`, squeezed indices and a check that there is something to do."""
 
@@ -428,7 +444,7 @@ def _plain(f: Callable[..., Any]) -> Callable[[], Callable[..., Any]]:
 COMPILED: list[Snippet] = [
     *(Snippet(m.__name__, m, routing, "sums") for m in (
         LoopOverHits, LoopOverItems, ModuleListLoop, UniqueLoop, FlatSlots, SortedSlices)),
-    Snippet("TopOne", TopOne, top_one, "sums"),
+    *(Snippet(m.__name__, m, top_one, "sums") for m in (TopOne, LoopOverRows)),
     Snippet("Counting", Counting, tokens_and_mask, "last bit"),
     *(Snippet(f.__name__, _plain(f), draw, rounding) for f, draw, rounding in (
         (clamp_rows, tokens_and_mask, "none"),

@@ -35,6 +35,23 @@ def run(function: Callable[..., Any], calls: list[tuple[Any, ...]], **settings: 
     return report, [str(w.message) for w in heard if "sm12x" in str(w.message)]
 
 
+def written(cache: Tensor, x: Tensor, position: int) -> Tensor:
+    cache = cache.clone()
+    cache[:, position : position + 1] = x
+    return cache * (torch.arange(cache.shape[1]) <= position)[:, None]
+
+
+def test_positions_as_ints_and_batches_settle_at_a_second_graph() -> None:
+    positions = [(torch.zeros(2, 16, 4), torch.ones(2, 1, 4), k) for k in range(3, 12)]
+    report, heard = run(written, positions)
+    assert report.graphs == 2 and not heard
+    assert report.recompiles == ["0/0: position == 3"]
+    batches = [(torch.zeros(n, 16, 4), torch.ones(n, 1, 4), 5) for n in range(2, 9)]
+    report, heard = run(written, batches)
+    assert report.graphs == 2 and not heard
+    assert len(report.recompiles) == 1 and "size mismatch at index 0. expected 2, actual 3" in report.recompiles[0]
+
+
 WORDS = [(torch.ones(2), "a" * n) for n in range(1, 6)]
 
 

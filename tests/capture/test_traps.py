@@ -19,6 +19,7 @@ IN_ONE_GRAPH = {
     "inplace_on_rows", "setcol", "twice", "twice_indexadd", "half", "ifelse_alias", "if_inplace_arg", "deep",
     "returns_early", "py_number_result", "intfloat", "floor_mod", "cmp_numbers", "where_1d_of_2d", "perm_gather",
     "shifted_index", "loopbody_reuse", "attr_dyn", "mean_rows", "aug_int_loop", "count_hits", "mask_changed",
+    "rounded_rows", "row_is_a_copy",
 }  # fmt: skip
 
 

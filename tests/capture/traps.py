@@ -338,6 +338,35 @@ def globmask(x: Tensor, m: Tensor) -> Any:
     return (y, x)
 
 
+def row_is_a_copy(x: Tensor, m: Tensor) -> Any:
+    """A tensor of one element as an index copies, and keeps the dimension."""
+    y = x.clone()
+    out = torch.zeros(D)
+    for row in m.nonzero():
+        part = y[row]
+        part.add_(1)
+        y[row].mul_(3)
+        out += part[0] * part.shape[0]
+    return (y, out)
+
+
+def scaled_then_written(x: Tensor, m: Tensor) -> Any:
+    """The rows were read before `y` is cleared, and are multiplied at once."""
+    slot, token = torch.where(torch.stack([m, x[:, 0] > 0]))
+    y, weights = x.clone(), x[:, :2].sigmoid()
+    rows = y[token] * weights[token, slot, None]
+    y.zero_()
+    return torch.zeros(T, D).index_add_(0, token, rows)
+
+
+def rounded_rows(x: Tensor, m: Tensor) -> Any:
+    """A product that is cast, and then used: the cast rounds."""
+    slot, token = torch.where(torch.stack([m, ~m]))
+    rows = (x[token] * x[:, :2].sigmoid()[token, slot, None]).to(torch.bfloat16)
+    out = torch.zeros(T, D, dtype=torch.bfloat16).index_add_(0, token, rows)
+    return (out, torch.zeros(T, D).index_add_(0, token, rows.float().exp()))
+
+
 TRAPS = [
     mask_changed,
     alias_source,
@@ -378,4 +407,7 @@ TRAPS = [
     or_short,
     aug_int_loop,
     globmask,
+    row_is_a_copy,
+    scaled_then_written,
+    rounded_rows,
 ]

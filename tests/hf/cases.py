@@ -20,7 +20,7 @@ from sm12x_compile.report import Site
 Attn = Literal["eager", "sdpa"]
 Precision = Literal["fp32", "bf16"]
 Layer = Literal["full", "sliding", "encoder", "encoder-sliding", "cross"]
-Role = Literal["prompt", "token", "static token", "static token again"]
+Role = Literal["prompt", "token", "static token"]
 
 CHECKED = ("mask", "window", "groups", "sinks", "softcap", "bias", "form")
 OLD = tuple(int(n) for n in transformers.__version__.split(".")[:2]) < (5, 23)
@@ -78,9 +78,8 @@ def mask_of(layer: Layer, role: Role) -> str:
     if layer == "full":
         # A token sees all that a DynamicCache holds, and a StaticCache as far as it is filled.
         return "none" if role == "token" else "length"
-    # The cache of a sliding layer holds one window, so a token sees all of it. The mask says so outright in the
-    # first graph of a StaticCache; elsewhere it is a window whose place among the positions is a symbolic int.
-    return "none" if role == "static token" else "window"
+    # The cache of a sliding layer holds one window, whose place among the positions is a symbolic int.
+    return "window"
 
 
 def site(model: str, layer: Layer, role: Role, attn: Attn) -> dict[str, Any]:
@@ -101,14 +100,14 @@ def site(model: str, layer: Layer, role: Role, attn: Attn) -> dict[str, Any]:
     return tags
 
 
-def roles_of(phase: Phase, layers: list[Layer]) -> list[Role]:
-    """The role of each graph: a DynamicCache costs two graphs for tokens, the second with a symbolic length;
-    a StaticCache one, and two where a sliding layer keeps its fill as a Python int."""
+def roles_of(phase: Phase) -> list[Role]:
+    """The role of each graph: a DynamicCache costs two graphs for tokens, the second with a symbolic length,
+    a StaticCache one."""
     if phase == "prefill":
         return ["prompt"]
     if phase == "decode":
         return ["prompt", "token", "token"]
-    return ["static token", "static token again"] if "sliding" in layers else ["static token"]
+    return ["static token"]
 
 
 def graph(model: str, role: Role, attn: Attn) -> list[dict[str, Any]]:
@@ -120,11 +119,11 @@ def graph(model: str, role: Role, attn: Attn) -> list[dict[str, Any]]:
 
 def cases() -> Iterator[Case]:
     """Every case that the installed transformers has."""
-    for model, layers in LAYERS.items():
+    for model in LAYERS:
         for attn in attention_implementations(model):
             for phase in PHASES:
                 if phase in FAMILIES[model].phases:
-                    graphs = [graph(model, role, attn) for role in roles_of(phase, layers)]
+                    graphs = [graph(model, role, attn) for role in roles_of(phase)]
                     for precision in ("fp32", "bf16"):
                         yield Case(model, phase, attn, precision, graphs)
 

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts, and how many graphs each phase may cost them."""
+"""Tiny mixtures of experts and other decoders, and the calls of each phase."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ _SMALL = dict(moe_intermediate_size=16, num_experts=4)
 
 @dataclass(frozen=True)
 class Mixture:
-    """A family: the config's name and fields, and whether its decode may use each cache."""
+    """A family: the config's name, its fields, and those of `_BASE` that it does not have."""
 
     name: str
     config: dict[str, Any]
     without: tuple[str, ...] = ()
-    static_graphs: int = 1
-    has_static: bool = True
 
 
 FAMILIES: dict[str, Mixture] = {
@@ -55,11 +53,11 @@ FAMILIES: dict[str, Mixture] = {
         Mixture("granitemoe", dict(num_local_experts=4)),
         Mixture("minimax_m2", dict(num_local_experts=4)),
         Mixture("gpt_oss", dict(num_local_experts=4, sliding_window=8,
-                                layer_types=["sliding_attention", "full_attention"]), static_graphs=2),
+                                layer_types=["sliding_attention", "full_attention"])),
         Mixture("glm4_moe", dict(moe_intermediate_size=16, n_routed_experts=4, n_group=2, topk_group=1)),
         Mixture("dots1", dict(moe_intermediate_size=16, n_routed_experts=4, n_group=2, topk_group=1,
                               first_k_dense_replace=1, n_shared_experts=1)),
-        Mixture("deepseek_v2", dict(_LATENT), static_graphs=1),
+        Mixture("deepseek_v2", dict(_LATENT)),
         Mixture("deepseek_v3", dict(_LATENT)),
         Mixture("glm4_moe_lite", dict(_LATENT), without=("head_dim",)),
         Mixture("longcat_flash", dict(_LATENT, num_hidden_layers=2, ffn_hidden_size=48, moe_topk=2, zero_expert_num=2,
@@ -73,9 +71,27 @@ FAMILIES: dict[str, Mixture] = {
         Mixture("ernie4_5_moe", dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0,
                                      moe_layer_end_index=1), without=("num_experts_per_tok",)),
         Mixture("flex_olmo", dict(num_experts=4)),
+        Mixture("llama", {}),
+        Mixture("gemma3_text", dict(sliding_window=8, query_pre_attn_scalar=8,
+                                    layer_types=["sliding_attention", "full_attention"])),
+        Mixture("qwen3_5_text", dict(_LINEAR)),
+        Mixture("olmo_hybrid", {**_LINEAR, "linear_num_value_heads": 2}),
+        Mixture("deepseek_v32", dict(_LATENT, index_topk=512, index_head_dim=16, index_n_heads=2)),
+        Mixture("kimi_linear", {**_LATENT, "q_lora_rank": None, "num_local_experts": 4, "linear_head_dim": 8,
+                                "linear_num_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+                without=("n_routed_experts",)),
         Mixture("lfm2_moe", dict(**_SMALL, layer_types=["full_attention", "full_attention"], num_dense_layers=1)),
     )
 }  # fmt: skip
+
+
+_SWITCH: dict[str, Any] = dict(
+    vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
+    num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, encoder_sparse_step=2, decoder_sparse_step=2,
+    pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+)  # fmt: skip
+# Decoders without experts of several implementations.
+DENSE = frozenset({"llama", "gemma3_text", "qwen3_5_text", "olmo_hybrid"})
 
 
 def build(name: str, experts: str | None) -> Any:
@@ -109,3 +125,35 @@ def calls(model: Any, phase: Phase, forward: Any) -> Iterator[Tensor]:
         model(input_ids=ids, past_key_values=cache, use_cache=True)  # as `generate` does: not compiled
     for step in range(4):
         yield forward(input_ids=ids[:, step : step + 1], past_key_values=cache, use_cache=True).logits
+
+
+def build_switch() -> Any:
+    """An encoder-decoder whose experts have a capacity and are modules of their own."""
+    config = transformers.AutoConfig.for_model("switch_transformers", **_SWITCH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.SwitchTransformersForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+def switch_calls(model: Any, phase: Phase, forward: Any) -> Iterator[Tensor]:
+    """As `calls`; traced without a mask, the model refers to the mask that it makes in eager mode only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        ids, target = torch.randint(3, VOCAB, (2, 10)), torch.randint(3, VOCAB, (2, 6))
+    source = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if phase == "prompt":
+        yield forward(**source, decoder_input_ids=target, use_cache=False).logits
+        return
+    if phase == "dynamic":
+        caches: list[Any] = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    else:
+        caches = [transformers.StaticCache(config=model.config, max_cache_len=n) for n in (16, 10)]
+    cache = transformers.EncoderDecoderCache(*caches)
+    first = forward if phase == "dynamic" else model
+    output = first(**source, decoder_input_ids=target, past_key_values=cache)
+    if phase == "dynamic":
+        yield output.logits
+    encoded = transformers.modeling_outputs.MoEModelOutput(output.encoder_last_hidden_state)
+    known = dict(encoder_outputs=encoded, attention_mask=source["attention_mask"], past_key_values=cache)
+    for step in range(4):
+        yield forward(decoder_input_ids=target[:, step : step + 1], use_cache=True, **known).logits

@@ -50,6 +50,20 @@ def test_overlapping_inputs_only_read():
     check(lambda q, k: attend(q, k, k), (overlapping()))
 
 
+@mark.parametrize("codegen", ["eager", "inductor"])
+def test_a_written_input_is_returned_whole(codegen):
+    """``x.to(x.device)`` is x itself, as a cache's counter that is moved to where it is."""
+
+    def function(q, k, count):
+        same, moved = k.contiguous(), count.to(q.device)
+        k.mul_(2.0)
+        count.add_(1)
+        return attend(q, same, k), same, moved, count
+
+    q, k = heads(count=2)
+    check(function, (q, k, torch.tensor(3)), (k, q, torch.tensor(4)), sites=1, codegen=codegen)
+
+
 def test_overlapping_inputs_written_between_two_reads():
     def function(q, k):
         first = attend(q, k, k)

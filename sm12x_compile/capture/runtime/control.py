@@ -11,7 +11,7 @@ from .number import Number, number_of
 from .predicates import Condition, Predicate
 from .provenance import index_bound
 from .refusal import refuse
-from .rows import Nonzero, Rows
+from .rows import BeforeRows, Nonzero, Rows
 from .selection import Count, HitRow, Unique
 from .trace import needs_gradients
 
@@ -160,7 +160,7 @@ def length(x: Any) -> Any:
 
 def escaping(value: Any, how: str) -> Any:
     """A value that leaves the function, which must be what it is in the author's code."""
-    if isinstance(value, (Rows, Nonzero, Unique, HitRow, Predicate)):
+    if isinstance(value, (Rows, BeforeRows, Nonzero, Unique, HitRow, Predicate)):
         refuse(f"a tensor whose size the data decide {how}")
     if isinstance(value, Number):
         refuse(f"a Python number read from a tensor {how}")

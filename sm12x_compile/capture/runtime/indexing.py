@@ -11,15 +11,17 @@ from .number import Number
 from .predicates import Predicate
 from .provenance import now
 from .refusal import refuse
-from .rows import Rows
+from .rows import BeforeRows, Rows
 from .rowwise import aligned, mixes, over
 from .selection import Count, HitRow, Selection
 from .writes import put_masked, put_rows, under_condition
 
 
 def _entries(index: Any) -> tuple[Any, ...]:
-    entries = index if isinstance(index, tuple) else (index,)
-    return tuple([e.position if isinstance(e, HitRow) else e for e in entries])
+    entries = []
+    for e in index if isinstance(index, tuple) else (index,):
+        entries.append(e.position if isinstance(e, HitRow) else e)
+    return tuple(entries)
 
 
 def _is_mask(entry: Any) -> bool:
@@ -28,21 +30,54 @@ def _is_mask(entry: Any) -> bool:
 
 def getitem(x: Any, index: Any) -> Any:
     """``x[index]``."""
+    if isinstance(index, int):  # before all else: Dynamo traces each step of this, for each expert
+        return x[index]
+    if isinstance(x, Tensor) and _has_hit(index):
+        return _at_hit(x, index)
     entries = _entries(index)
     if isinstance(x, Tensor):
-        if _is_mask(entries[0]):
+        rows = slices = numbers = masks = False
+        for e in entries:
+            if isinstance(e, Rows):
+                rows = True
+            elif isinstance(e, slice):
+                slices = slices or _has_number(e)
+            elif isinstance(e, Number):
+                numbers = True
+            elif isinstance(e, Tensor):
+                masks = masks or _is_mask(e)
+        if masks and _is_mask(entries[0]):
             return _masked(x, entries[0], entries[1:])
-        if any(isinstance(e, Rows) for e in entries):
+        if rows:
             return _gathered(x, entries)
-        if any(isinstance(e, slice) and _has_number(e) for e in entries):
+        if slices:
             return _sliced(x, entries)
-        if any(isinstance(e, Number) for e in entries):
+        if numbers:
             return _at_number(x, entries)
-        if any(_is_mask(e) for e in entries):
+        if masks:
             refuse("a mask stands behind another index")
-    if isinstance(x, Rows) and any(isinstance(e, (Tensor, Rows)) for e in entries):
-        refuse("rows that a mask selects are indexed by a tensor")
+    if isinstance(x, Rows):
+        for e in entries:
+            if isinstance(e, (Tensor, Rows)):
+                refuse("rows that a mask selects are indexed by a tensor")
     return x[entries if isinstance(index, tuple) else entries[0]]
+
+
+def _has_hit(index: Any) -> bool:
+    for e in index if isinstance(index, tuple) else (index,):  # noqa: SIM110  (traced step by step)
+        if isinstance(e, HitRow):
+            return True
+    return False
+
+
+def _at_hit(x: Tensor, index: Any) -> Any:
+    """``x[row]``: in the author's code a copy of one entry, which keeps its dimension."""
+    entries = index if isinstance(index, tuple) else (index,)
+    for e in entries:
+        if isinstance(e, (Rows, Tensor, Number)):
+            refuse("a hit stands beside another index")
+    kept = [slice(e.position, e.position + 1) if isinstance(e, HitRow) else e for e in entries]
+    return x[tuple(kept)].clone()
 
 
 def _has_number(e: slice) -> bool:
@@ -66,29 +101,37 @@ def _alias(selection: Selection, axes: tuple[int, ...], dense: Tensor) -> Rows:
     return Rows(selection, axes, dense.clone())
 
 
-def _gathered(x: Tensor, entries: tuple[Any, ...]) -> Rows:
+def _gathered(x: Tensor, entries: tuple[Any, ...]) -> Any:
     """``x[i]``, ``x[i, j]`` and ``x[i, j, None, ...]`` with rows of integers."""
+    if entries[0] is None:
+        return BeforeRows(_gathered(x, entries[1:]))
     count = 0
     while count < len(entries) and isinstance(entries[count], Rows):
         count += 1
     index, rest = list(entries[:count]), entries[count:]
-    if any(isinstance(e, (Rows, Tensor)) for e in rest) or not index:
+    if not index:
         refuse("selected rows index another dimension than the first")
-    if any(i.ndim != 1 or i.dtype == torch.bool for i in index):
-        refuse("an index of several dimensions, or a mask over selected rows")
+    for e in rest:
+        if isinstance(e, (Rows, Tensor)):
+            refuse("selected rows index another dimension than the first")
+    known = []
+    for i in index:
+        if i.ndim != 1 or i.dtype == torch.bool:
+            refuse("an index of several dimensions, or a mask over selected rows")
+        known.append(i.component)
     axes, _ = aligned(index, "indexing")
     selection = index[0].selection
-    known = [i.component for i in index]
     if None not in known and len(set(known)) == count:
         dense = x
-        for k, axis in enumerate(known):
+        for k in range(count):
+            axis = known[k]
             size = selection.mask.shape[axis]
             if x.shape[k] < size:
                 refuse("a mask is longer than what its positions index")
             if x.shape[k] > size:
                 dense = dense.narrow(k, 0, size)
-        order = sorted(range(count), key=lambda k: known[k])
-        if order != list(range(count)):
+        if known != sorted(known):
+            order = sorted(range(count), key=lambda k: known[k])
             dense = dense.permute(*order, *range(count, x.ndim))
         rows = _alias(selection, axes, dense)
     else:

@@ -29,6 +29,7 @@ class Rows:
         component: the value is the position along this axis of the mask (an index that `where` gave), if any.
         factor: the value is ``dense * factor`` with `factor` one number for each row, over more axes than
             `dense`. Kept apart so that the product is taken once for each element of `dense`.
+        rounded: the dtype to which that product is cast, if it is.
         fresh: in the author's code no other value shares its memory, so that it may be written in place (which
             gives it a new `dense` here).
         gathered: where in the trace `dense`, still the memory of the author's tensor, was read; -1 if it is not.
@@ -44,12 +45,15 @@ class Rows:
         factor: Any = None,
         fresh: bool = True,
         gathered: int = -1,
+        rounded: torch.dtype | None = None,
     ) -> None:
         self.selection = selection
         self.axes = axes
         self._dense = dense
+        self.ndim = dense.ndim - len(axes) + 1
         self.component = component
         self.factor = factor
+        self.rounded = rounded
         self.fresh = fresh
         self.gathered = gathered
 
@@ -59,7 +63,7 @@ class Rows:
             from .rowwise import product
 
             whole = product(self)
-            self.axes, self._dense, self.factor = whole.axes, whole._dense, None
+            self.axes, self._dense, self.factor, self.rounded = whole.axes, whole._dense, None, None
         return self.unscaled
 
     @property
@@ -80,15 +84,8 @@ class Rows:
     # Shape. R is a `Count`.
 
     @property
-    def ndim(self) -> int:
-        return self._dense.ndim - self._lead() + 1
-
-    def _lead(self) -> int:
-        return len(self.axes)
-
-    @property
     def rest(self) -> tuple[int, ...]:
-        return tuple(self._dense.shape[self._lead() :])
+        return tuple(self._dense.shape[len(self.axes) :])
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -97,6 +94,8 @@ class Rows:
     @property
     def dtype(self) -> torch.dtype:
         own = self._dense.dtype
+        if self.rounded is not None:
+            return self.rounded
         return own if self.factor is None else torch.promote_types(own, self.factor._dense.dtype)
 
     @property
@@ -181,6 +180,43 @@ class Rows:
         from .rowwise import item_of
 
         return item_of(self, index)
+
+
+class BeforeRows:
+    """Rows behind a dimension of one, ``x[None, rows]``, until that is taken away again."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return (1, *self.rows.shape)
+
+    def reshape(self, *shape: Any) -> Rows:
+        given = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        if len(given) != self.rows.ndim:
+            refuse("rows that a mask selects, behind another dimension, are given another shape")
+        found: Rows = self.rows.reshape(*given)
+        return found
+
+    view = reshape
+
+    def squeeze(self, dim: int) -> Rows:
+        if dim != 0:
+            refuse("rows that a mask selects, behind another dimension, are squeezed along another")
+        return self.rows
+
+    def __getitem__(self, index: Any) -> Rows:
+        if index != 0:
+            refuse("rows that a mask selects, behind another dimension, are indexed")
+        return self.rows
+
+    def __getattr__(self, name: str) -> Any:
+        refuse(f"rows that a mask selects, behind another dimension, are used by {name}")
 
 
 def _method(rows: Rows, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -83,6 +83,8 @@ def in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def aligned(operands: list[Rows], name: str) -> tuple[tuple[int, ...], int]:
     """The axes that operands depend on together, and their number of dimensions in the author's code."""
     first = operands[0]
+    if len(operands) == 1:
+        return first.axes, first.ndim
     axes = set(first.axes)
     for other in operands[1:]:
         if not other.selection.same_as(first.selection):
@@ -96,14 +98,20 @@ def aligned(operands: list[Rows], name: str) -> tuple[tuple[int, ...], int]:
 def over(rows: Rows, axes: tuple[int, ...]) -> Tensor:
     """The dense form with a dimension for each of `axes`."""
     dense = rows.dense
-    for position, axis in enumerate(axes):
-        if axis not in rows.axes:
+    if axes == rows.axes:
+        return dense
+    for position in range(len(axes)):
+        if axes[position] not in rows.axes:
             dense = dense.unsqueeze(position)
     return dense
 
 
 def _operands(args: Any) -> list[Rows]:
-    return [a for a in args if isinstance(a, Rows)]
+    found = []
+    for a in args:
+        if isinstance(a, Rows):
+            found.append(a)
+    return found
 
 
 def call(func: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -145,7 +153,10 @@ def _operand(a: Any, axes: tuple[int, ...], ndim: int, name: str) -> Any:
 
 def _is_per_row(x: Any) -> bool:
     """One number for each row: ``[R]`` or ``[R, 1, ...]``."""
-    return all(n == 1 for n in x.rest)
+    for n in x.rest:  # noqa: SIM110  (Dynamo traces a generator step by step)
+        if n != 1:
+            return False
+    return True
 
 
 def _scaled(a: Any, b: Any) -> Rows | None:
@@ -158,7 +169,7 @@ def _scaled(a: Any, b: Any) -> Rows | None:
         return None
     if not set(a.axes) <= set(b.axes) or not a.selection.same_as(b.selection) or _is_per_row(a):
         return None
-    return Rows(a.selection, a.axes, a.unscaled, factor=b, fresh=True)
+    return Rows(a.selection, a.axes, a.unscaled, factor=b, gathered=a.gathered)
 
 
 def _cast_scaled(rows: Rows, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
@@ -168,9 +179,12 @@ def _cast_scaled(rows: Rows, name: str, args: tuple[Any, ...], kwargs: dict[str,
             dtype = a
         elif isinstance(a, (Tensor, Rows)):
             dtype = a.dtype
-    if dtype is None or dtype == rows.dtype:
+    if dtype is not None and dtype == rows.dtype:
         return rows
-    return elementwise(None, name, (product(rows), *args), kwargs)
+    floats = dtype is not None and dtype.is_floating_point and rows.dtype.is_floating_point
+    if not floats or rows.rounded is not None or kwargs.keys() - {"dtype"}:
+        return elementwise(None, name, (product(rows), *args), kwargs)
+    return Rows(rows.selection, rows.axes, rows.unscaled, factor=rows.factor, gathered=rows.gathered, rounded=dtype)
 
 
 _NAMED = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
@@ -180,7 +194,8 @@ def product(rows: Rows) -> Rows:
     """Take the product that was put off, over all the axes."""
     plain = Rows(rows.selection, rows.axes, rows.unscaled)
     axes, _ = aligned([plain, rows.factor], "mul")
-    return Rows(rows.selection, axes, over(plain, axes) * over(rows.factor, axes))
+    whole = over(plain, axes) * over(rows.factor, axes)
+    return Rows(rows.selection, axes, whole if rows.rounded is None else whole.to(rows.rounded))
 
 
 def user_dim(rows: Rows, dim: int, name: str, *, new: bool = False) -> int:

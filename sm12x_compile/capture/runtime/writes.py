@@ -130,7 +130,8 @@ def _once(source: Rows, mask: Tensor, axis: int) -> Tensor:
     axes = tuple(range(mask.ndim))
     weights = over(factor, axes).expand(*mask.shape, *factor.rest)
     weights = torch.where(_shaped(mask, weights, len(axes)), weights, 0).sum(others)
-    return dense * weights
+    # Cast where the author casts. One hit, as of a top-k: the very number that he adds.
+    return dense * weights if source.rounded is None else (dense * weights).to(source.rounded)
 
 
 def _check_dtypes(name: str, out: Tensor, values: Tensor) -> None:

@@ -1,0 +1,89 @@
+"""Python ints that a frame counts up: one graph for all their values, and the counter itself goes on counting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sm12x_compile
+
+
+class Cache:
+    """Rows written one by one; how many is a Python int."""
+
+    def __init__(self, start: int) -> None:
+        self.length = start
+        self.rows = torch.zeros(32, 4)
+
+    def append(self, x: Tensor) -> Tensor:
+        self.rows[self.length : self.length + 1] = x
+        self.length += 1
+        return self.rows * (torch.arange(32) < self.length)[:, None]
+
+
+class Counting(nn.Module):
+    """A module that counts its own calls."""
+
+    def __init__(self, start: int) -> None:
+        super().__init__()
+        self.seen = start
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.arange(self.seen, self.seen + x.shape[0])[:, None]
+        self.seen += x.shape[0]
+        return y
+
+
+class Stored(nn.Module):
+    """An int that is set to the same value in each call is no counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.rows = x.shape[0]
+        return x.reshape(self.rows, 2, 2)
+
+
+def run(call: Callable[..., Tensor], like: Callable[..., Tensor], rows: int = 1) -> sm12x_compile.Report:
+    with sm12x_compile.collect() as report, torch.no_grad():
+        for step in range(9):
+            x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(step))
+            assert torch.equal(call(x), like(x))
+    return report
+
+
+def compiled(function: Callable[..., Tensor], **options: bool) -> Callable[..., Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend=sm12x_compile.sm12x, options={"codegen": "eager", **options})
+
+
+@pytest.mark.parametrize("start", [2, 5])
+def test_a_cache_that_counts_in_python(start: int) -> None:
+    own, other = Cache(start), Cache(start)
+    report = run(compiled(lambda x: own.append(x).cumsum(0)), lambda x: other.append(x).cumsum(0))
+    assert report.graphs == 1, report.recompiles
+    assert own.length == other.length == start + 9 and torch.equal(own.rows, other.rows)
+
+
+def test_a_module_that_counts() -> None:
+    own, other = Counting(2), Counting(2)
+    report = run(compiled(own), other, rows=3)
+    assert report.graphs == 1, report.recompiles
+    assert own.seen == other.seen == 2 + 9 * 3
+
+
+def test_what_does_not_change_stays_a_constant() -> None:
+    own, other = Stored(), Stored()
+    assert run(compiled(own), other, rows=3).graphs == 1
+    assert own.rows == other.rows == 3
+
+
+def test_without_capture_dynamo_counts_as_ever() -> None:
+    own, other = Cache(5), Cache(5)
+    report = run(compiled(lambda x: own.append(x).cumsum(0), capture=False), lambda x: other.append(x).cumsum(0))
+    assert report.graphs == 2
