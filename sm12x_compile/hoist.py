@@ -138,7 +138,8 @@ def hoist(gm: GraphModule, *, drop: Callable[[Node], bool] = lambda node: False)
             fakes += values
             place[key] = new
             drops = drop(node) and all(set(leaf.users) <= inner for leaf in leaves)
-            steps.append(Step(Recipe(recipe_key, run, drops), reads, PREPARATIONS[node.target], _weight_name(leaves[0])))
+            recipe = Recipe(recipe_key, run, drops)
+            steps.append(Step(recipe, reads, PREPARATIONS[node.target], _weight_name(leaves[0])))
         _replace(gm.graph, node, place[key])
     if not steps:
         return None

@@ -204,9 +204,8 @@ def test_static_inputs_and_report(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(gm, inputs, inner_compile=inner, **{k: v for k, v in given.items() if v is not None})
 
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
     model, x = Two(), torch.randn(3, 8)
-    with sm12x_compile.collect() as report:
+    with sm12x_compile.collect() as report, torch._functorch.config.patch(enable_autograd_cache=False):
         torch.testing.assert_close(compiled(model, "inductor")(x), model(x))
     assert list(map(len, seen)) == [1], "x alone may move"
     assert [(w["weight"], w["bytes"]) for w in report.weights] == [("a.weight", 256), ("b.weight", 256)]
