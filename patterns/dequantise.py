@@ -96,15 +96,15 @@ def _candidates(graph: GraphView) -> Iterator[tuple[Node, list[Node]]]:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
             continue
         inputs = [n for n in node.all_input_nodes if not _is_constant(n)]
-        if node.target in _GATHERS:
-            inputs = [n for n in inputs if n in leaves or not _is_integer(n)]
+        if node.target in _GATHERS and _dtype(node) not in _FLOATS:  # bytes of the rows that the run decides
+            inputs = [n for n in inputs if n in leaves or _dtype(n) not in (torch.int64, torch.int32)]
         if inputs and all(n in leaves for n in inputs):
             leaves[node] = set().union(*(leaves[n] for n in inputs))
             order.append(node)
     for node in order:
         value = node.meta["val"]
         ends = any(user not in leaves for user in node.users)
-        if ends and isinstance(value, Tensor) and value.dtype in _FLOATS and value.dim() >= 2:
+        if ends and _dtype(node) in _FLOATS and value.dim() >= 2:
             yield node, sorted(leaves[node], key=lambda n: -n.meta["val"].numel())
 
 
@@ -114,9 +114,9 @@ def _is_constant(node: Node) -> bool:
     return node.op == "call_function" and not any(n.op == "placeholder" or not _is_constant(n) for n in node.all_input_nodes)
 
 
-def _is_integer(node: Node) -> bool:
+def _dtype(node: Node) -> torch.dtype | None:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32)
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 # ---------------------------------------------------------------- reading

@@ -54,6 +54,22 @@ def preparation(
     return overload
 
 
+def _join(parts: list[Tensor], dim: int, stack: bool) -> Tensor:
+    return torch.stack(parts, dim) if stack else torch.cat(parts, dim)
+
+
+def _join_fake(parts: list[Tensor], dim: int, stack: bool) -> Tensor:
+    return _join(parts, dim, stack)
+
+
+def _described_join(event: Event) -> dict[str, Any]:
+    return {"joined": len(event.sources), "bytes_added": sum(t.nbytes for t in event.results)}
+
+
+JOIN = preparation("join", _join, _join_fake, title="joining weights", describe=_described_join)
+"""``join(parts, dim, stack)``: weights that a kernel wants as one tensor and that the user holds as several."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One preparation that was taken out: which of the graph's arguments it reads, and the first one's name."""
@@ -256,4 +272,4 @@ class _progress:
             self.bar.stop()
 
 
-__all__ = ["PREPARATIONS", "Hoisted", "Preparation", "hoist", "is_static", "preparation"]
+__all__ = ["JOIN", "PREPARATIONS", "Hoisted", "Preparation", "hoist", "is_static", "preparation"]

@@ -25,7 +25,7 @@ from ._define import Cost, define_custom_op, semantic_op
 FP4_FORMATS = ("mxfp4", "nvfp4")
 BLOCK = {"mxfp4": 32, "nvfp4": 16}
 
-_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 _E8M0 = [2.0 ** (s - 127) for s in range(255)] + [math.nan]
 
 
@@ -70,7 +70,7 @@ def dequantize_fp4(
         factor = scale.to(dtype)
     codes = packed.view(torch.uint8)
     codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    values = torch.tensor(_E2M1, dtype=dtype, device=packed.device)[codes.long()]
+    values = torch.tensor(E2M1_VALUES, dtype=dtype, device=packed.device)[codes.long()]
     values = (values.unflatten(-1, (-1, BLOCK[format])) * factor[..., None]).flatten(-2)
     return values if global_scale is None else values * global_scale.to(dtype)[..., None, None]
 
