@@ -27,6 +27,7 @@ from .hoist import Hoisted, hoist
 from .normalize import NotNormalizable, example_value, written_arguments
 from .options import OptionError, Options
 from .pipeline import device_of, transform
+from .quantize import QUANTIZE
 from .report import Report
 
 logger = logging.getLogger("sm12x_compile")
@@ -91,7 +92,7 @@ def _compile(
         # Nothing to gain: Dynamo's own graph compiles to the same code, with fewer things that can go wrong.
         return _finish(gm, inputs, options, mode, report)
     normal = transformed.graph
-    hoisted = hoist(normal)
+    hoisted = hoist(normal, drop=lambda node: node.target is QUANTIZE and options.moe_weights == "mxfp4_only")
     extra = () if hoisted is None else hoisted.fakes
     if options.codegen == "eager":
         return _with_prepared(hoisted, _guarded(normal, gm, len(inputs)), report)

@@ -15,6 +15,7 @@ from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
 from .options import Options
 from .patterns.dequantise import mark_packed, unmark
+from .quantize import quantize_experts
 from .registry import Pattern, patterns
 from .report import Report, Site
 
@@ -46,6 +47,8 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     matched = time.perf_counter()
     sites = [site for site, _ in found]
     calls = [(site, call) for site, call in found if call is not None]
+    if options.moe_weights != "keep":
+        quantize_experts(normal, calls)
     lower(normal, calls, options, run_arch, plan_arch)
     clean(normal)
     declare_constants(normal)
