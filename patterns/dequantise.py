@@ -88,30 +88,27 @@ def unmark(graph: GraphView) -> list[Node]:
 def _candidates(graph: GraphView) -> Iterator[tuple[Node, list[Node]]]:
     """Floating-point tensors that are computed from bytes and constants alone, where these computations end."""
     leaves: dict[Node, set[Node]] = {}
+    constants: set[Node] = set()
     order: list[Node] = []
+    if not any(map(is_bytes, graph.graph.find_nodes(op="placeholder"))):
+        return
     for node in list(graph.graph.nodes):
         if node.op == "placeholder" and is_bytes(node):
             leaves[node] = {node}
-            continue
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), (Tensor, tuple, list)):
-            continue
-        inputs = [n for n in node.all_input_nodes if not _is_constant(n)]
-        if node.target in _GATHERS and _dtype(node) not in _FLOATS:  # bytes of the rows that the run decides
-            inputs = [n for n in inputs if n in leaves or _dtype(n) not in (torch.int64, torch.int32)]
-        if inputs and all(n in leaves for n in inputs):
-            leaves[node] = set().union(*(leaves[n] for n in inputs))
-            order.append(node)
+        elif node.op in ("get_attr", "call_function") and all(n in constants for n in node.all_input_nodes):
+            constants.add(node)
+        elif node.op == "call_function":
+            inputs = [n for n in node.all_input_nodes if n not in constants]
+            if node.target in _GATHERS and _dtype(node) not in _FLOATS:  # bytes of the rows that the run decides
+                inputs = [n for n in inputs if n in leaves or _dtype(n) not in (torch.int64, torch.int32)]
+            if inputs and all(n in leaves for n in inputs):
+                leaves[node] = set().union(*(leaves[n] for n in inputs))
+                order.append(node)
     for node in order:
         value = node.meta["val"]
         ends = any(user not in leaves for user in node.users)
         if ends and _dtype(node) in _FLOATS and value.dim() >= 2:
             yield node, sorted(leaves[node], key=lambda n: -n.meta["val"].numel())
-
-
-def _is_constant(node: Node) -> bool:
-    if node.op == "get_attr":
-        return True
-    return node.op == "call_function" and not any(n.op == "placeholder" or not _is_constant(n) for n in node.all_input_nodes)
 
 
 def _dtype(node: Node) -> torch.dtype | None:
@@ -130,9 +127,9 @@ def read_packed(node: Node, leaves: list[Node]) -> Packed | Refusal | None:
         return None
     refusal: Refusal | None = None
     for index, dims, column, g, j in _splits(node):
-        decoding = Decoding(*leaves)
+        decoding = Decoding(leaves[0], leaves[1])
         try:
-            low, high = (decoding.value(Element(node, tuple(ix.subs({_SIDE: Index(None, c)}) for ix in index))) for c in (0, 1))
+            low, high = (decoding.value(Element(node, index).subs({_SIDE: Index(None, c)})) for c in (0, 1))
         except Undecodable as why:
             refusal = refusal or Refusal(why.reason, why.node)
             continue

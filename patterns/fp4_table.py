@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sm12x_compile.index_algebra import Cases, Element, Index, Number, Position, Var, step
-from sm12x_compile.index_algebra.expr import args_of, argument, broadcast, operand
+from sm12x_compile.index_algebra.expr import args_of, broadcast, operand
 from sm12x_compile.index_algebra.layout import layout_step, look
 from sm12x_compile.ops.mxfp4 import dequantize_fp4
 
@@ -134,7 +134,7 @@ class Decoding:
             assert isinstance(made, Element)
             return self.value(made)
 
-        if node.target is aten.view.dtype and operand(node).meta["val"].element_size() != node.meta["val"].element_size():
+        if node.target is aten.view.dtype and _itemsize(operand(node)) != _itemsize(node):
             raise Undecodable("bytes are joined to wider words", node)
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
         kwargs = {k: v for k, v in kwargs.items() if k in _MEANINGFUL or isinstance(v, Tensor)}
@@ -163,9 +163,10 @@ class Decoding:
         fake = node.meta.get("val")
         if node.op == "get_attr":
             assert node.graph.owning_module is not None
-            value = getattr(node.graph.owning_module, str(node.target), None)
-            real = isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
-            return value.cpu() if real and value.numel() <= _LARGEST_CONSTANT else None  # type: ignore[union-attr]
+            value: Any = getattr(node.graph.owning_module, str(node.target), None)
+            if not isinstance(value, Tensor) or isinstance(value, torch._subclasses.FakeTensor):
+                return None
+            return value.cpu() if value.numel() <= _LARGEST_CONSTANT else None
         fakes = fake if isinstance(fake, (tuple, list)) else [fake]
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return None
@@ -250,6 +251,10 @@ def _broadcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 _MEANINGFUL = {"dtype", "alpha", "rounding_mode", "nan", "posinf", "neginf", "min", "max"}
 _UNWRITTEN = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
+
+
+def _itemsize(node: Node) -> int:
+    return int(node.meta["val"].element_size())
 
 
 def _const(ix: Index, node: Node) -> int:

@@ -52,15 +52,17 @@ class Emitter:
             "w3_bias": lay_out(self.graph, joined.up_bias, w.expert, (w.inner,)),
         }
         if packed := packed_experts(self.block.node, w, joined, dims, tags):
+            w13: Node | None
+            w2: Node | None
             w13, w2, more = packed.lay_out(self.graph, w.expert, optional)
             optional |= more
             transposed = False
         else:
             dims = [d[::-1] for d in dims] if transposed else dims
             matrices = zip((joined.gate, w.w2, joined.up), dims, strict=True)
-            w13, w2, optional["w3"] = (lay_out(self.graph, m, w.expert, d) for m, d in matrices)
-            plain = [m for m in (w13, w2, optional["w3"]) if m is not None]
-            if not {m.meta["val"].dtype for m in plain} <= FLOATS:
+            w13, w2, w3 = (lay_out(self.graph, m, w.expert, d) for m, d in matrices)
+            optional["w3"] = w3
+            if not {m.meta["val"].dtype for m in (w13, w2, w3) if m is not None} <= FLOATS:
                 why = "the experts' weights are no plain floating-point numbers"
                 raise Unreadable(Refusal(why, self.block.node, tags))
         extra = {name: value for name, value in optional.items() if value is not None}

@@ -77,7 +77,7 @@ class Report:
     def weight_lines(self) -> list[str]:
         """What was done to weights, a line for each format."""
         lines = []
-        for format in sorted({str(w["format"]) for w in self.weights if "format" in w}):
+        for format in sorted({str(w["format"]) for w in self.weights if "relative_error" in w}):
             of_it = [w for w in self.weights if w.get("format") == format]
             before, after = (sum(w[k] for w in of_it) / 2**20 for k in ("bytes_before", "bytes_after"))
             worst = max(of_it, key=lambda w: w["relative_error"])
@@ -140,7 +140,8 @@ class Report:
         console.print(self.table())
         for label, lines in (
             ("graph break", self.graph_breaks), ("recompile", self.recompiles), ("host sync", self.syncs),
-            ("weights", self.weight_lines()), ("captured", self.captures), ("code rewritten", self.code_rewrites), ("warning", self.warnings),
+            ("weights", self.weight_lines()),
+            ("captured", self.captures), ("code rewritten", self.code_rewrites), ("warning", self.warnings),
         ):  # fmt: skip
             for line in lines:
                 console.print(f"{label}: {line}")

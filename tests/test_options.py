@@ -67,8 +67,8 @@ def test_an_unknown_key_gets_a_hint_and_the_list() -> None:
         ("select", "best", "'auto', 'static'"),
         ("verify", "yes", "'auto', False"),
         ("verify", 1, "'auto', False"),
-        ("moe_weights", "fp8", "'keep'"),
-        ("moe_weights", ["keep"], "'keep'"),
+        ("moe_weights", "fp8", "'keep', 'mxfp4', 'mxfp4_only'"),
+        ("moe_weights", ["keep"], "'keep', 'mxfp4', 'mxfp4_only'"),
     ],
 )
 def test_a_value_outside_the_table(key: str, value: Any, choices: str) -> None:
