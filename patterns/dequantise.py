@@ -126,12 +126,14 @@ def read_packed(node: Node, leaves: list[Node]) -> Packed | Refusal | None:
     if len(leaves) != 2 or any(not isinstance(s, int) for n in (node, *leaves) for s in n.meta["val"].shape):
         return None
     refusal: Refusal | None = None
+    by_place = False
     for index, dims, column, g, j in _splits(node):
         decoding = Decoding(leaves[0], leaves[1])
         try:
             low, high = (decoding.value(Element(node, index).subs({_SIDE: Index(None, c)})) for c in (0, 1))
         except Undecodable as why:
-            refusal = refusal or Refusal(why.reason, why.node)
+            if refusal is None or (by_place and not why.positional):
+                refusal, by_place = Refusal(why.reason, why.node), why.positional
             continue
         if len(decoding.reads) < 2:
             return None

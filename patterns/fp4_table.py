@@ -27,17 +27,23 @@ aten = torch.ops.aten
 # Element by element like those that carry PyTorch's tag.
 _POINTWISE = {
     aten._to_copy.default, aten.__and__.Scalar, aten.__and__.Tensor, aten.__or__.Scalar, aten.__or__.Tensor,
-    aten.__xor__.Scalar, aten.__xor__.Tensor, aten.floor_divide.default, aten.view.dtype, aten.fill.Scalar,
+    aten.__xor__.Scalar, aten.__xor__.Tensor, aten.floor_divide.default, aten.floor_divide.Scalar, aten.view.dtype,
+    aten.fill.Scalar, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar, aten.square.default,
+    aten.float_power.Scalar, aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor, aten.positive.default,
+    aten.special_exp2.default, aten.type_as.default, aten.logical_and.default, aten.logical_or.default,
 }  # fmt: skip
 _LARGEST_CONSTANT = 1 << 16
 
 
 class Undecodable(Exception):
-    """An element is not made of bytes alone, or an op is not understood."""
+    """An element is not made of bytes alone, or an op is not understood.
 
-    def __init__(self, reason: str, node: Node) -> None:
+    With `positional`, its value depends on where it stands: perhaps the columns are another dimension.
+    """
+
+    def __init__(self, reason: str, node: Node, *, positional: bool = False) -> None:
         super().__init__(reason)
-        self.reason, self.node = reason, node
+        self.reason, self.node, self.positional = reason, node, positional
 
 
 def is_bytes(node: Node) -> bool:
@@ -118,7 +124,7 @@ class Decoding:
                 raise Undecodable("not all elements are written", node)
             values.append(self.value(piece))
         if any(v.shape != values[0].shape or not same_bits(v, values[0]) for v in values[1:]):
-            raise Undecodable("elements are decoded differently by where they stand", node)
+            raise Undecodable("elements are decoded differently by where they stand", node, positional=True)
         return values[0]
 
     def _applied(self, element: Element) -> Tensor:
@@ -259,7 +265,7 @@ def _itemsize(node: Node) -> int:
 
 def _const(ix: Index, node: Node) -> int:
     if not ix.is_const or not isinstance(ix.const, int):
-        raise Undecodable("an element's value depends on where it stands", node)
+        raise Undecodable("an element's value depends on where it stands", node, positional=True)
     return ix.const
 
 
