@@ -1,8 +1,8 @@
 """Hugging Face checkpoints whose experts are MXFP4, kept packed in the model.
 
-transformers runs such checkpoints (gpt-oss) with kernels that it downloads, whose weights no graph shows, or decodes them
-to bf16 while loading, four times the memory. Here the bytes stay as the checkpoint has them, and the forward pass decodes
-them in plain PyTorch: `torch.compile(model, backend="sm12x")` sees what that is and reads the packed weights instead.
+transformers runs such checkpoints (gpt-oss) with kernels that it downloads, whose weights no graph shows, or decodes
+them to bf16 while loading, four times the memory. Here the bytes stay as the checkpoint has them, and the forward pass
+decodes them in plain PyTorch: `torch.compile(model, backend="sm12x")` sees what that is and reads the packed weights.
 
     model = sm12x_compile.huggingface.from_pretrained("openai/gpt-oss-20b", device_map="cuda")
     model = torch.compile(model, backend="sm12x")
@@ -39,7 +39,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
         ValueError: the checkpoint holds no packed weights.
     """
     transformers = _transformers()
-    location = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs}
+    location = {k: v for k, v in kwargs.items() if k in _LOCATION}
     names = packed_names(path, **location)
     if not names:
         raise ValueError(f"{path} holds no MXFP4 weights ('*{_BLOCKS}' beside '*{_SCALES}'); load it with transformers")
@@ -49,8 +49,11 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(path, config=config, **kwargs)
 
 
+_LOCATION = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
+
+
 def packed_names(path: str | Path, **location: Any) -> list[str]:
-    """Names of the weights that a checkpoint in safetensors holds packed, e.g. ``model.layers.0.mlp.experts.down_proj``."""
+    """Names of the weights that a checkpoint in safetensors holds packed: ``model.layers.0.mlp.experts.down_proj``."""
     from safetensors import safe_open
     from transformers.utils import cached_file
 

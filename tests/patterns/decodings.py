@@ -177,7 +177,7 @@ def another_bias(packed, scales):
     return scaled(table()[joined(packed & 15, packed >> 4).long()], torch.exp2(scales.float() - 128))
 
 
-@refused("32 neighbours")
+@refused("neighbours")
 def blocks_of_sixteen(packed, scales):
     scales = scales.repeat_interleave(2, dim=-1)
     values = table()[joined(packed & 15, packed >> 4).long()].unflatten(-1, (-1, 32))
@@ -191,7 +191,7 @@ def nvfp4(packed, scales):
     return scaled(values, scales.view(torch.float8_e4m3fn).float())
 
 
-@refused("scale byte 0")
+@refused("scale byte 1 ")
 def clamped_scales(packed, scales):
     factor = torch.exp2(scales.float().clamp(min=64) - 127)
     return scaled(table()[joined(packed & 15, packed >> 4).long()], factor)
