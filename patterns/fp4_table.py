@@ -8,8 +8,10 @@ bit for bit: OCP Microscaling Formats v1.0 (2023), sections 5.3.3 (E2M1) and 5.4
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sm12x_compile.index_algebra import Cases, Element, Index, Number, Position, Var, step
+from sm12x_compile.index_algebra import Cases, Element, FloorDiv, Index, Mod, Number, Position, Var, step
 from sm12x_compile.index_algebra.expr import args_of, broadcast, operand
 from sm12x_compile.index_algebra.layout import layout_step, look
 from sm12x_compile.ops.mxfp4 import dequantize_fp4
@@ -86,8 +88,8 @@ class Decoding:
         if node in (self.packed, self.scales):
             return self._byte(element)
         constant = self._constant(node)
-        if isinstance(constant, Tensor) and all(ix.is_const for ix in element.index):
-            return constant[tuple(_const(ix, node) for ix in element.index)]
+        if isinstance(constant, Tensor) and (found := _uniform(constant, element.index)) is not None:
+            return found
         looked_up = self._lookup(element)
         if looked_up is not None:
             return looked_up
@@ -104,7 +106,7 @@ class Decoding:
         if isinstance(made, (Position, Number)):
             number = _const(made.index, node) if isinstance(made, Position) else made.value
             return torch.tensor(number, dtype=node.meta["val"].dtype)
-        raise Undecodable(_what(node), node)
+        raise Undecodable(_what(node), node, positional=isinstance(constant, Tensor))
 
     def _byte(self, element: Element) -> Tensor:
         node = element.node
@@ -166,13 +168,12 @@ class Decoding:
         if node.target is operator.getitem:
             whole = self._constant(operand(node))
             return None if whole is None else whole[args_of(node)[1]]
-        fake = node.meta.get("val")
+        fake: Any = node.meta.get("val")
         if node.op == "get_attr":
             assert node.graph.owning_module is not None
             value: Any = getattr(node.graph.owning_module, str(node.target), None)
-            if not isinstance(value, Tensor) or isinstance(value, torch._subclasses.FakeTensor):
-                return None
-            return value.cpu() if value.numel() <= _LARGEST_CONSTANT else None
+            real = isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+            return value.cpu() if real and value.numel() <= _LARGEST_CONSTANT else None
         fakes = fake if isinstance(fake, (tuple, list)) else [fake]
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return None
@@ -259,6 +260,34 @@ _MEANINGFUL = {"dtype", "alpha", "rounding_mode", "nan", "posinf", "neginf", "mi
 _UNWRITTEN = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 
 
+def _uniform(constant: Tensor, index: tuple[Index, ...]) -> Tensor | None:
+    """An element of a constant, if it is the same for all values of the variables: even columns, say."""
+    variables = sorted(set().union(*(ix.vars() for ix in index)), key=lambda v: v.serial)
+    if math.prod(v.extent for v in variables if isinstance(v.extent, int)) > _LARGEST_CONSTANT:
+        return None
+    if any(ix.has_datum() for ix in index) or not all(isinstance(v.extent, int) for v in variables):
+        return None
+    axes = torch.meshgrid(*(torch.arange(v.extent) for v in variables), indexing="ij") if variables else ()
+    at = dict(zip(variables, axes, strict=True))
+    found = constant[tuple(_evaluated(ix, at) for ix in index)]
+    first = found.flatten()[0] if found.numel() else None
+    return first if first is not None and same_bits(found, first.expand_as(found)) else None
+
+
+def _evaluated(ix: Index, at: dict[Var, Tensor]) -> Tensor:
+    total = torch.tensor(ix.const)
+    for atom, c in ix.terms.items():
+        if isinstance(atom, Var):
+            value = at[atom]
+        elif isinstance(atom, FloorDiv):
+            value = _evaluated(atom.x, at) // atom.k
+        else:
+            assert isinstance(atom, Mod)
+            value = _evaluated(atom.x, at) % atom.k
+        total = total + value * c
+    return total
+
+
 def _itemsize(node: Node) -> int:
     return int(node.meta["val"].element_size())
 
@@ -286,6 +315,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 NVFP4 = "its scales are E4M3 numbers: NVFP4, which has other kernels than MXFP4"
 
 
+@lru_cache(maxsize=8)
 def defined(dtype: torch.dtype) -> Tensor:
     """``[2, 256, 256]``: what a packed byte (dim 1) and a scale (dim 2) give for the low and the high nibble."""
     packed = torch.arange(256, dtype=torch.uint8)[:, None, None].expand(256, 256, 16)

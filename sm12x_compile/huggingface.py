@@ -57,12 +57,12 @@ def packed_names(path: str | Path, **location: Any) -> list[str]:
     from safetensors import safe_open
     from transformers.utils import cached_file
 
-    optional = partial(cached_file, _raise_exceptions_for_missing_entries=False, **location)
-    index = optional(str(path), "model.safetensors.index.json")
+    find: Any = partial(cached_file, str(path), **location)
+    index = find("model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
     if index is not None:
         keys = set(json.loads(Path(index).read_text())["weight_map"])
     else:
-        with safe_open(cached_file(str(path), "model.safetensors", **location), framework="pt") as file:
+        with safe_open(find("model.safetensors"), framework="pt") as file:
             keys = set(file.keys())
     names = (k.removesuffix(_BLOCKS) for k in keys if k.endswith(_BLOCKS))
     return sorted(n for n in names if n + _SCALES in keys)
@@ -136,7 +136,7 @@ def _register() -> None:
         requires_calibration = False
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            keep_packed(model, self.quantization_config.packed)
+            keep_packed(model, self.quantization_config.packed)  # type: ignore[attr-defined]
             return model
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
