@@ -173,7 +173,8 @@ class Decoding:
             assert node.graph.owning_module is not None
             value: Any = getattr(node.graph.owning_module, str(node.target), None)
             real = isinstance(value, Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
-            return value.cpu() if real and value.numel() <= _LARGEST_CONSTANT else None
+            with _disable_current_modes():
+                return value.detach().cpu() if real and value.numel() <= _LARGEST_CONSTANT else None
         fakes = fake if isinstance(fake, (tuple, list)) else [fake]
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return None

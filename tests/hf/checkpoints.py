@@ -15,7 +15,7 @@ PACKED = ("gate_up_proj", "down_proj")
 
 
 def write_gpt_oss(folder: Path, *, shards: int = 1) -> None:
-    """Write config.json and safetensors with ``*_blocks`` ``[E, N, K / 32, 16]`` and ``*_scales`` ``[E, N, K / 32]``."""
+    """config.json and safetensors with ``*_blocks`` ``[E, N, K / 32, 16]`` and ``*_scales`` ``[E, N, K / 32]``."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "gpt_oss", num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=100, hidden_size=64,

@@ -79,6 +79,7 @@ def test_compiled_end_to_end(checkpoint: Path, implementation: str) -> None:
     assert not any("expert" in s.module for s in report.near_misses), str(report)
 
 
+@pytest.mark.nightly
 def test_generate(checkpoint: Path) -> None:
     model, oracle = load(checkpoint), dequantised(checkpoint)
     ids = torch.randint(2, 100, (1, 5))
