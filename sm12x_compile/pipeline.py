@@ -14,7 +14,7 @@ from .lowering.select import lower
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
 from .options import Options
-from .patterns.dequantise import mark_packed, unmark
+from .patterns.dequantise import WEIGHT, mark_packed, unmark
 from .quantize import quantize_experts
 from .registry import Pattern, patterns
 from .report import Report, Site
@@ -86,6 +86,9 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
         left = [Refusal(_ELSEWHERE, dense) for dense in unmark(view)]
         found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in left]
         clean(normal)
+        for node in normal.graph.find_nodes(op="call_function", target=WEIGHT):
+            reader = next(iter(node.users))  # a pattern that takes dense weights found this one
+            found.append((Site("mxfp4_weight", _op_name(node), module_of(reader), source_of(reader)), node))
     return found
 
 

@@ -155,6 +155,20 @@ def test_memory_of_the_source_can_be_given_up() -> None:
     assert STORE.get(recipe, (w,))[0].sum() == 144
     w.data = torch.ones(4, 4)
     assert STORE.get(recipe, (w,))[0].sum() == 16
+    STORE.forget(w)
+    with pytest.raises(RuntimeError, match="load the model again"):
+        STORE.get(recipe, (w,))
+
+
+def test_memory_is_given_up_under_inference_mode_too() -> None:
+    recipe = Recipe("square", lambda w: (w * w,), drops=True)
+    w = nn.Parameter(torch.full((4, 4), 3.0))
+    with torch.inference_mode():
+        for _ in range(3):
+            assert STORE.get(recipe, (w,))[0].sum() == 144
+    assert not w.is_inference() and w.isnan().all()
+    with torch.no_grad():
+        assert STORE.get(recipe, (w,))[0].sum() == 144
 
 
 @torch.no_grad()

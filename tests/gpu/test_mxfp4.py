@@ -40,7 +40,8 @@ def packed_gpt_oss(experts: int, hidden: int, inner: int, layers: int = 2) -> An
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     names = [n for n, p in model.named_parameters() if p.dim() == 3]
     keep_packed(model, names)
-    rotary = type(model.model.rotary_emb)(config=config, device="cuda")
+    with torch.device("cuda"):
+        rotary = type(model.model.rotary_emb)(config=config)
     model.to_empty(device="cuda")
     model.model.rotary_emb = rotary
     for p in model.parameters():
