@@ -135,6 +135,8 @@ def read_packed(node: Node, leaves: list[Node]) -> Packed | Refusal | None:
             if refusal is None or (by_place and not why.positional):
                 refusal, by_place = Refusal(why.reason, why.node), why.positional
             continue
+        except RecursionError:
+            return Refusal("it is decoded in too many pieces", node)
         if len(decoding.reads) < 2:
             return None
         packed, scales = (decoding.reads[n] for n in leaves)

@@ -37,6 +37,9 @@ _POINTWISE = {
 _LARGEST_CONSTANT = 1 << 16
 
 
+Ranges = tuple[tuple[int, int], ...]
+
+
 class Undecodable(Exception):
     """An element is not made of bytes alone, or an op is not understood.
 
@@ -66,8 +69,9 @@ class Decoding:
     packed: Node
     scales: Node
     reads: dict[Node, Element] = field(default_factory=dict)
-    _known: dict[Element, Tensor] = field(default_factory=dict)
+    _known: dict[Any, Tensor] = field(default_factory=dict)
     _constants: dict[Node, Any] = field(default_factory=dict)
+    _where: dict[Index, Ranges] = field(default_factory=dict)  # what is known of indices in the piece looked at
 
     def value(self, element: Element) -> Tensor:
         """``[256, 256]`` or broadcastable; 0-d where the element is that of a 0-d tensor.
@@ -75,13 +79,14 @@ class Decoding:
         Raises:
             Undecodable: the element depends on something else, or on where it stands.
         """
-        if element not in self._known:
+        key = (element, frozenset(self._where.items()))
+        if key not in self._known:
             found = self._value(element)
             if (found.dim() == 0) != (element.node.meta["val"].dim() == 0):
                 # Type promotion tells 0-d tensors from others.
                 found = found.reshape(()) if found.numel() == 1 and found.dim() else found.reshape(1, 1)
-            self._known[element] = found
-        return self._known[element]
+            self._known[key] = found
+        return self._known[key]
 
     def _value(self, element: Element) -> Tensor:
         node = element.node
@@ -117,14 +122,27 @@ class Decoding:
         return column[:, None] if node is self.packed else column[None, :]
 
     def _agreed(self, cases: Cases, node: Node) -> Tensor:
-        """The value of all pieces, if they agree: rows that are decoded in several chunks."""
+        """The value of all pieces that there are, if they agree: rows that are decoded in several chunks."""
+        span = cases.index.bounds()
+        if span is None or not all(isinstance(n, int) for n in (*span, *(n for p in cases.pieces for n in p[:2]))):
+            raise Undecodable("elements are decoded in pieces whose sizes the run decides", node)
+        before = self._where
+        left = before.get(cases.index, ((span[0], span[1] + 1),))  # type: ignore[operator]
         values = []
-        for _, _, piece in cases.pieces:
+        for low, high, piece in cases.pieces:
+            taken = _clipped(left, low, high)  # type: ignore[arg-type]
+            left = (*_clipped(left, span[0], low), *_clipped(left, high, span[1] + 1))  # type: ignore[arg-type, operator]
+            if not taken:
+                continue
             if not isinstance(piece, Element):
                 raise Undecodable("some elements are constants", node)
-            if piece.node.target in _UNWRITTEN and len(cases.pieces) > 1:
+            if piece.node.target in _UNWRITTEN:
                 raise Undecodable("not all elements are written", node)
-            values.append(self.value(piece))
+            self._where = {**before, cases.index: taken}
+            try:
+                values.append(self.value(piece))
+            finally:
+                self._where = before
         if any(v.shape != values[0].shape or not same_bits(v, values[0]) for v in values[1:]):
             raise Undecodable("elements are decoded differently by where they stand", node, positional=True)
         return values[0]
@@ -257,6 +275,11 @@ def _broadcast(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.expand(shape) if isinstance(a, Tensor) and a.dim() else a for a in args)
 
 
+def _clipped(ranges: Ranges, low: int, high: int) -> Ranges:
+    """The parts of ranges that lie within ``low <= i < high``."""
+    return tuple((max(a, low), min(b, high)) for a, b in ranges if max(a, low) < min(b, high))
+
+
 _MEANINGFUL = {"dtype", "alpha", "rounding_mode", "nan", "posinf", "neginf", "min", "max"}
 _UNWRITTEN = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default}
 
@@ -333,10 +356,12 @@ def compare(low: Tensor, high: Tensor) -> tuple[str | None, dict[str, Any]]:
     """
     found = torch.stack([low.expand(256, 256), high.expand(256, 256)])
     wanted = defined(found.dtype)
+    # An op that decodes exactly keeps what fp16 cannot hold, and eager makes infinite or zero.
+    kept: dict[str, Any] = {"beyond_fp16": "kept here"} if found.dtype == torch.float16 else {}
     if _equal(found, wanted):
-        return None, {}
+        return None, kept
     if _equal(found[:, :, 1:255], wanted[:, :, 1:255]):
-        tags: dict[str, Any] = {}
+        tags = kept
         if not _equal(found[:, :, 0], wanted[:, :, 0]):
             if found[:, :, 0].abs().max() > wanted[:, :, 0].abs().max():
                 return "scale byte 0 stands for 2^-127 in MXFP4", {}

@@ -59,6 +59,26 @@ def written_into_even_and_odd_columns(packed, scales):
 
 
 @accepted
+def chunks_of_rows(packed, scales):
+    """As transformers converts large weights: rows in chunks, each written into its part of the result."""
+    blocks, exponents = packed.reshape(-1, 16), scales.reshape(-1, 1).int() - 127
+    out = torch.empty(blocks.shape[0], 32)
+    rows = 1 + blocks.shape[0] // 3
+    for start in range(0, blocks.shape[0], rows):
+        part, chunk = out[start : start + rows], blocks[start : start + rows]
+        part[:, 0::2] = table()[(chunk & 15).int()]
+        part[:, 1::2] = table()[(chunk >> 4).int()]
+        torch.ldexp(part, exponents[start : start + rows], out=part)
+    return out.view(*packed.shape[:-1], -1)
+
+
+@accepted
+def typed_storage(packed, scales):
+    codes, factors = packed.view(torch.float4_e2m1fn_x2), scales.view(torch.float8_e8m0fnu)
+    return e8m0_dtype(codes.view(torch.uint8), factors.view(torch.uint8))
+
+
+@accepted
 def shifts_along_a_new_axis(packed, scales):
     codes = (packed.unsqueeze(-1) >> torch.tensor([0, 4], dtype=torch.uint8)) & 15
     values = table(torch.bfloat16)[codes.flatten(-2).to(torch.int64)]
@@ -195,6 +215,20 @@ def nvfp4(packed, scales):
 def clamped_scales(packed, scales):
     factor = torch.exp2(scales.float().clamp(min=64) - 127)
     return scaled(table()[joined(packed & 15, packed >> 4).long()], factor)
+
+
+@refused("where they stand|written|neighbours|rows")
+def a_chunk_that_is_scaled_twice(packed, scales):
+    out = table()[joined(packed & 15, packed >> 4).long()] * torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
+    out[4:8] *= 2
+    return out
+
+
+@refused("where they stand|written|neighbours|rows")
+def one_row_of_another(packed, scales):
+    out = table()[joined(packed & 15, packed >> 4).long()] * torch.exp2(scales.float() - 127).repeat_interleave(32, -1)
+    out[3] = out[4]
+    return out
 
 
 @refused("rows")
