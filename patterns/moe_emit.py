@@ -15,6 +15,7 @@ from sm12x_compile.match import CannotArrange, GraphView, Refusal, refine
 from .choice import Choice, are_in_range, chooser
 from .expert_weights import Joined, Weights, is_transposed, join_gate_and_up, lay_out
 from .experts import Block, Expert
+from .packed_experts import packed_experts
 from .routed import FLOATS, Guard, Reader, Unreadable
 
 aten = torch.ops.aten
@@ -45,28 +46,33 @@ class Emitter:
         transposed = is_transposed(w.gate, w.inner, w.width) and is_transposed(w.w2, self.block.feature, w.inner)
         columns = (w.width, self.block.feature, w.inner)
         dims = [(joined.rows, columns[0]), (columns[1], columns[2]), (w.inner, columns[0])]
-        if transposed:
-            dims = [d[::-1] for d in dims]
-        w13, w2, w3 = (
-            lay_out(self.graph, m, w.expert, d) for m, d in zip((joined.gate, w.w2, joined.up), dims, strict=True)
-        )
-        dtypes = {m.meta["val"].dtype for m in (w13, w2, w3) if m is not None}
-        if not dtypes <= FLOATS:
-            raise Unreadable(Refusal("the experts' weights are no plain floating-point numbers", self.block.node, tags))
         optional: dict[str, Any] = {
             "w13_bias": lay_out(self.graph, joined.gate_bias, w.expert, (joined.rows,)),
             "w2_bias": lay_out(self.graph, w.w2_bias, w.expert, (self.block.feature,)),
-            "w3": w3,
             "w3_bias": lay_out(self.graph, joined.up_bias, w.expert, (w.inner,)),
         }
-        extra = {name: node for name, node in optional.items() if node is not None}
+        if packed := packed_experts(self.block.node, w, joined, dims, tags):
+            w13: Node | None
+            w2: Node | None
+            w13, w2, more = packed.lay_out(self.graph, w.expert, optional)
+            optional |= more
+            transposed = False
+        else:
+            dims = [d[::-1] for d in dims] if transposed else dims
+            matrices = zip((joined.gate, w.w2, joined.up), dims, strict=True)
+            w13, w2, w3 = (lay_out(self.graph, m, w.expert, d) for m, d in matrices)
+            optional["w3"] = w3
+            if not {m.meta["val"].dtype for m in (w13, w2, w3) if m is not None} <= FLOATS:
+                why = "the experts' weights are no plain floating-point numbers"
+                raise Unreadable(Refusal(why, self.block.node, tags))
+        extra = {name: value for name, value in optional.items() if value is not None}
         extra |= {"layout": "ekn"} if transposed else {}
         extra |= {"interleaved": True} if joined.interleaved else {}
         extra |= {"activation": act.name, "gated": act.up is not None}
         extra |= {"alpha": act.alpha} if act.name == "swiglu_oai" else {}
         extra |= {"limit": act.limit} if act.limit is not None else {}
         extra |= {"weight_on": "input"} if self.expert.weight_on == "input" else {}
-        extra |= {"stacked": True} if w.stacked else {}
+        extra |= {"stacked": True} if w.stacked and packed is None else {}
         wanted, given = self.block.node.meta["val"].dtype, x.meta["val"].dtype
         if wanted == torch.float64 != given:
             raise Unreadable(Refusal("the result is fp64 though the input is not", self.block.node, tags))

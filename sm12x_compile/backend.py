@@ -23,9 +23,11 @@ from .capture import wrap
 from .capture.captured import captured_nodes, expand
 from .capture.install import install
 from .collect import active_reports
+from .hoist import Hoisted, hoist
 from .normalize import NotNormalizable, example_value, written_arguments
 from .options import OptionError, Options
 from .pipeline import device_of, transform
+from .quantize import QUANTIZE
 from .report import Report
 
 logger = logging.getLogger("sm12x_compile")
@@ -90,15 +92,30 @@ def _compile(
         # Nothing to gain: Dynamo's own graph compiles to the same code, with fewer things that can go wrong.
         return _finish(gm, inputs, options, mode, report)
     normal = transformed.graph
+    hoisted = hoist(normal, drop=lambda node: node.target is QUANTIZE and options.moe_weights == "mxfp4_only")
+    extra = () if hoisted is None else hoisted.fakes
     if options.codegen == "eager":
-        return _guarded(normal, gm)
+        return _with_prepared(hoisted, _guarded(normal, gm, len(inputs)), report)
     try:
-        return _finish(normal, inputs, options, mode, report)
+        return _with_prepared(hoisted, _finish(normal, [*inputs, *extra], options, mode, report), report)
     except Exception as error:
         report.sites = []
         report.warn(f"a graph was left as it is: its rewritten form did not compile ({type(error).__name__}: {error})")
         logger.warning("the rewritten graph did not compile; the original is compiled instead", exc_info=True)
         return _finish(gm, inputs, options, mode, report)
+
+
+def _with_prepared(hoisted: Hoisted | None, compiled: Compiled, report: Report) -> Compiled:
+    """The compiled graph, given what was prepared from its weights; reports hear of each preparation."""
+    if hoisted is None:
+        return compiled
+
+    def notify(line: dict[str, Any]) -> None:
+        for listening in (report, *active_reports()):
+            listening.weights.append(line)
+
+    hoisted.compiled, hoisted.notify = compiled, notify
+    return hoisted
 
 
 def _finish(
@@ -129,10 +146,11 @@ def _finish(
     return compiled
 
 
-def _guarded(normal: GraphModule, original: GraphModule) -> Compiled:
+def _guarded(normal: GraphModule, original: GraphModule, count: int) -> Compiled:
     """The interpreted normal form; calls whose inputs alias a mutated one take the original graph.
 
-    Inductor's own guards check this for compiled code; interpreted code has none.
+    Its first `count` inputs are those of the original. Inductor's own guards check this for compiled code;
+    interpreted code has none.
     """
     placeholders = normal.graph.find_nodes(op="placeholder")
     position = {node: k for k, node in enumerate(placeholders)}
@@ -143,7 +161,7 @@ def _guarded(normal: GraphModule, original: GraphModule) -> Compiled:
     def run(*args: Any) -> Any:
         storages = [a.untyped_storage()._cdata if isinstance(a, torch.Tensor) else None for a in args]
         if any(storages.count(storages[k]) > 1 for k in written):
-            return original.forward(*args)
+            return original.forward(*args[:count])
         return normal.forward(*args)
 
     return run

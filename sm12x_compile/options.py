@@ -29,7 +29,10 @@ class Options:
         verify: ``auto`` or False.
         patterns: names of patterns to use, or to leave out when they begin with ``-``; None means all.
         kernels: names of kernels to use, or to leave out when they begin with ``-``; None means all.
-        moe_weights: ``keep``.
+        moe_weights: ``keep``; ``mxfp4``: experts' weights are quantised once, at their first call, which loses accuracy
+            (the report says how much); ``mxfp4_only``: and the originals are given up. Each becomes a NaN, expanded
+            to its shape: whoever else reads them gets NaN, saving the model saves NaN, and nothing brings them back
+            but loading the model again. The first call after that compiles once more.
     """
 
     arch: str = "auto"
@@ -69,7 +72,7 @@ class Options:
         _one_of("capture", self.capture, (True, False))
         _one_of("select", self.select, ("auto", "static"), later={"race": "use 'static'"})
         _one_of("verify", self.verify, ("auto", False), later={True: "use assert_rewritten"})
-        _one_of("moe_weights", self.moe_weights, ("keep",), later={"mxfp4": "use 'keep'"})
+        _one_of("moe_weights", self.moe_weights, ("keep", "mxfp4", "mxfp4_only"))
         if not isinstance(self.arch, str):
             raise OptionError(f"option 'arch' takes a name, got {self.arch!r}")
         if self.arch != "auto":

@@ -14,6 +14,8 @@ from .lowering.select import lower
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
 from .options import Options
+from .patterns.dequantise import WEIGHT, mark_packed, unmark
+from .quantize import quantize_experts
 from .registry import Pattern, patterns
 from .report import Report, Site
 
@@ -45,6 +47,8 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     matched = time.perf_counter()
     sites = [site for site, _ in found]
     calls = [(site, call) for site, call in found if call is not None]
+    if options.moe_weights != "keep":
+        quantize_experts(normal, calls)
     lower(normal, calls, options, run_arch, plan_arch)
     clean(normal)
     declare_constants(normal)
@@ -67,6 +71,9 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
     view = GraphView(normal)
     found: list[tuple[Site, Node | None]] = []
     wanted = [p for p in patterns() if options.wants_pattern(p.name)]
+    packed = any(p.name in ("moe", "mxfp4_linear") for p in wanted)
+    if packed:
+        found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in mark_packed(view)]
     for pattern in wanted:
         for anchor in list(normal.graph.nodes):
             if anchor.op != "call_function" or anchor.target not in pattern.anchors or not anchor.users:
@@ -75,7 +82,19 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
             if outcome is not None:
                 found.append(outcome)
         clean(normal)
+    if packed:
+        left = [Refusal(_ELSEWHERE, dense) for dense in unmark(view)]
+        found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in left]
+        clean(normal)
+        for node in normal.graph.find_nodes(op="call_function", target=WEIGHT):
+            reader = next(iter(node.users))  # a pattern that takes dense weights found this one
+            found.append((Site("mxfp4_weight", _op_name(node), module_of(reader), source_of(reader)), node))
     return found
+
+
+_ELSEWHERE = (
+    "this MXFP4 weight is read by something but a linear layer or routed experts, so it is decoded as before"
+)
 
 
 def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | None] | None:
@@ -109,13 +128,19 @@ def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | 
             view.graph.erase_node(node)
     if outcome is None:
         return None
-    where = outcome.node if outcome.node is not None and outcome.node.meta.get("stack_trace") else anchor
+    return _near_miss(pattern.name, outcome, anchor), None
+
+
+def _near_miss(pattern: str, refusal: Refusal, anchor: Node | None) -> Site:
+    where = refusal.node if refusal.node is not None and refusal.node.meta.get("stack_trace") else anchor
+    assert where is not None
+    module = "" if anchor is None else module_of(anchor)
     site = Site(
-        pattern.name, None, module_of(anchor) or module_of(where), source_of(where), dict(outcome.tags),
-        status="near-miss", reason=outcome.reason,
+        pattern, None, module or module_of(where), source_of(where), dict(refusal.tags),
+        status="near-miss", reason=refusal.reason,
     )  # fmt: skip
-    logger.info("%s: near miss of %s: %s", site.module or site.source, pattern.name, site.reason)
-    return site, None
+    logger.info("%s: near miss of %s: %s", site.module or site.source, pattern, site.reason)
+    return site
 
 
 def _op_name(call: Node) -> str:

@@ -74,6 +74,20 @@ class Report:
     arch: str = "cpu"
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def weight_lines(self) -> list[str]:
+        """What was done to weights, a line for each format."""
+        lines = []
+        for format in sorted({str(w["format"]) for w in self.weights if "relative_error" in w}):
+            of_it = [w for w in self.weights if w.get("format") == format]
+            before, after = (sum(w[k] for w in of_it) / 2**20 for k in ("bytes_before", "bytes_after"))
+            worst = max(of_it, key=lambda w: w["relative_error"])
+            dropped = "originals given up" if all(w["dropped"] for w in of_it) else "beside the originals"
+            lines.append(
+                f"{len(of_it)} quantised to {format}: {before:.1f} MiB -> {after:.1f} MiB {dropped}; relative error at "
+                f"most {worst['relative_error']:.4f} ({worst['weight']})"
+            )
+        return lines
+
     @property
     def rewritten(self) -> list[Site]:
         return [s for s in self.sites if s.status == "rewritten"]
@@ -126,6 +140,7 @@ class Report:
         console.print(self.table())
         for label, lines in (
             ("graph break", self.graph_breaks), ("recompile", self.recompiles), ("host sync", self.syncs),
+            ("weights", self.weight_lines()),
             ("captured", self.captures), ("code rewritten", self.code_rewrites), ("warning", self.warnings),
         ):  # fmt: skip
             for line in lines:

@@ -19,7 +19,7 @@ VALUES: dict[str, list[Any]] = {
     "verify": ["auto", False],
     "patterns": [None, ("attention",), ("-attention",), ()],
     "kernels": [None, ("torch.sdpa", "reference"), ("-torch.sdpa",)],
-    "moe_weights": ["keep"],
+    "moe_weights": ["keep", "mxfp4", "mxfp4_only"],
 }
 
 
@@ -67,8 +67,8 @@ def test_an_unknown_key_gets_a_hint_and_the_list() -> None:
         ("select", "best", "'auto', 'static'"),
         ("verify", "yes", "'auto', False"),
         ("verify", 1, "'auto', False"),
-        ("moe_weights", "fp8", "'keep'"),
-        ("moe_weights", ["keep"], "'keep'"),
+        ("moe_weights", "fp8", "'keep', 'mxfp4', 'mxfp4_only'"),
+        ("moe_weights", ["keep"], "'keep', 'mxfp4', 'mxfp4_only'"),
     ],
 )
 def test_a_value_outside_the_table(key: str, value: Any, choices: str) -> None:
@@ -82,7 +82,6 @@ def test_a_value_outside_the_table(key: str, value: Any, choices: str) -> None:
     [
         ("select", "race", "'static'"),
         ("verify", True, "assert_rewritten"),
-        ("moe_weights", "mxfp4", "'keep'"),
     ],
 )
 def test_values_of_a_later_release(key: str, value: Any, instead: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .. import ops  # noqa: F401  (defines ours)
 from .expr import Cases, Element, Expr, Number, Rule, args_of, argument, broadcast, operand, shape_of
 from .index import Index, Size, Var, add, flatten, known_nonnegative, mul, same_size, size_of, unflatten
 
@@ -117,6 +118,11 @@ def _copy(node: Node, index: Indices) -> Expr | None:
     if not isinstance(source, Node) or source.meta["val"].dtype != target.meta["val"].dtype:
         return None
     return broadcast(source, index)
+
+
+@layout(torch.ops.sm12x.either.default)
+def _either(node: Node, index: Indices) -> Expr | None:
+    return Element(args_of(node)[1], index)
 
 
 @layout(aten.transpose.int)
@@ -291,13 +297,19 @@ def _slice_scatter(node: Node, index: Indices) -> Expr | None:
     base, source = args_of(node)[:2]
     dim = _dim(argument(node, 2, "dim", 0), len(index))
     size = shape_of(node)[dim]
-    start = _start(argument(node, 3, "start"), size)
-    if start is None or argument(node, 5, "step", 1) != 1:
+    start, stride = _start(argument(node, 3, "start"), size), argument(node, 5, "step", 1)
+    if start is None or base.meta["val"].dtype != source.meta["val"].dtype:
         return None
+    if stride != 1:
+        # Every stride-th element, from the first one to the end of the dimension.
+        if not all(isinstance(n, int) for n in (start, stride, size)) or not start < stride:  # type: ignore[operator]
+            return None
+        if shape_of(source)[dim] != -(-(size - start) // stride):  # type: ignore[operator]
+            return None
+        strided = Element(source, _with(index, dim, index[dim].div(stride)))
+        return _decide(index[dim].mod(stride), [(start, add(start, 1), strided), (0, stride, Element(base, index))])
     stop = add(start, shape_of(source)[dim])
     inside = Element(source, _with(index, dim, index[dim] - start))
-    if base.meta["val"].dtype != source.meta["val"].dtype:
-        return None
     return _decide(index[dim], [(start, stop, inside), (0, size, Element(base, index))])
 
 

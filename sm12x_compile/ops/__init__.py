@@ -6,7 +6,7 @@ from .causal_conv1d import causal_conv1d, causal_conv1d_update
 from .gated_delta_rule import gated_delta_rule, gated_delta_rule_update, gated_delta_rule_verify
 from .mla import mla
 from .moe import moe, moe_route
-from .mxfp4 import mxfp4_linear
+from .mxfp4 import mxfp4_linear, mxfp4_weight
 
 __all__ = [
     "OPS",
@@ -23,5 +23,6 @@ __all__ = [
     "moe",
     "moe_route",
     "mxfp4_linear",
+    "mxfp4_weight",
     "semantic_op",
 ]

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._common import check_one_of, wide_dtype
-from ._define import Cost, semantic_op
+from ._define import Cost, define_custom_op, semantic_op
 
 FP4_FORMATS = ("mxfp4", "nvfp4")
 BLOCK = {"mxfp4": 32, "nvfp4": 16}
 
-_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
 _E8M0 = [2.0 ** (s - 127) for s in range(255)] + [math.nan]
 
 
@@ -70,7 +70,7 @@ def dequantize_fp4(
         factor = scale.to(dtype)
     codes = packed.view(torch.uint8)
     codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    values = torch.tensor(_E2M1, dtype=dtype, device=packed.device)[codes.long()]
+    values = torch.tensor(E2M1_VALUES, dtype=dtype, device=packed.device)[codes.long()]
     values = (values.unflatten(-1, (-1, BLOCK[format])) * factor[..., None]).flatten(-2)
     return values if global_scale is None else values * global_scale.to(dtype)[..., None, None]
 
@@ -130,3 +130,37 @@ def mxfp4_linear(
     full = dequantize_fp4("mxfp4_linear", weight, scales, format, global_scale, wide)
     y = F.linear(x.to(wide), full, None if bias is None else bias.to(wide))
     return y.to(out_dtype or x.dtype).contiguous()
+
+
+def mxfp4_weight_fake(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty((*weight.shape[:-1], 2 * weight.shape[-1]), dtype=dtype)
+
+
+@semantic_op(fake=mxfp4_weight_fake)
+def mxfp4_weight(weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that an MXFP4 weight stands for.
+
+    Args:
+        weight: uint8 (or float4_e2m1fn_x2) ``[..., N, K / 2]``, the even column in the low nibble.
+        scales: ``[..., N, K / 32]`` uint8 or float8_e8m0fnu.
+        dtype: of the result; each number is rounded to it once.
+
+    Returns:
+        ``[..., N, K]``.
+
+    Raises:
+        ValueError: shapes or dtypes are not as above.
+    """
+    return dequantize_fp4("mxfp4_weight", weight, scales, "mxfp4", dtype=torch.float64).to(dtype)
+
+
+def _either_fake(dense: Tensor, claim: Tensor) -> Tensor:
+    return torch.empty_like(dense)
+
+
+def _either(dense: Tensor, claim: Tensor) -> Tensor:
+    """`dense`, of which `claim` says what it is: readers may take either. It never reaches a compiled graph."""
+    return dense.clone()
+
+
+define_custom_op("sm12x::either", _either, _either_fake)
