@@ -75,7 +75,7 @@ def moe_order_and_route(arch: Arch) -> Iterator[Launch]:
     from .route_kernel import route_kernel
 
     ids, weights = meta(4096, 8, dtype=torch.int64), meta(4096, 8, dtype=FP32)
-    yield Launch("4096 tokens, 8 of 128", order_kernel, order_launch(ids, 128, 128)[2], 4, 2, matrix=False)
+    yield Launch("4096 tokens, 8 of 128", order_kernel, order_launch(ids, 128, 128)[0], 4, 2, matrix=False)
     combined = combine_launch(meta(32768, 2048), ids, weights, meta(4096, 2048), 128, True)[0]
     yield Launch("4096 tokens, 8 of 128", combine_kernel, combined, 4, 2, matrix=False)
     grouped = dict(score="sigmoid", n_group=8, topk_group=4, renormalise=True, scaling=2.5)

@@ -31,17 +31,36 @@ class ExpertTiles:
 
 
 @dataclass(frozen=True)
+class PairTiles:
+    """Rows of a weight that a program of the pair kernels takes, the most words of them at once, warps and stages.
+
+    prefetch: whether the second kernel calls its weights into the L2 while the first is at work.
+    """
+
+    block_n: int
+    most_words: int
+    num_warps: int
+    num_stages: int
+    prefetch: bool = False
+
+    def block_q(self, words: int) -> int:
+        """Words at once for rows of so many: a power of two, the largest of those that leave the fewest idle."""
+        sizes = [1 << i for i in range(5, self.most_words.bit_length())]
+        return min(sizes, key=lambda size: (-(-words // size) * size, -size))
+
+
+@dataclass(frozen=True)
 class Plan:
     """How the two products of routed experts are run.
 
     Attributes:
         sort: sort the pairs by expert first; otherwise each pair reads its expert by itself.
-        gate_up, down: tiles, of equal `block_m`.
+        gate_up, down: tiles; both `ExpertTiles` of equal `block_m`, or both `PairTiles` (packed and not sorted).
     """
 
     sort: bool
-    gate_up: ExpertTiles
-    down: ExpertTiles
+    gate_up: ExpertTiles | PairTiles
+    down: ExpertTiles | PairTiles
 
 
 # Rows an expert gets on average, up to which a block of so many rows is taken: routing is uneven, and an expert
@@ -71,9 +90,23 @@ def expert_plan(
 ) -> Plan:  # fmt: skip
     """The plan for so many tokens with `top_k` experts each, of `expert_bytes`; see `expert_tiles` for the rest."""
     sort = not reads_singly(arch, tokens, top_k, experts, expert_bytes)
+    if packed and not sort:
+        return Plan(False, pair_tiles(gated=True), pair_tiles(gated=False))
     rows = block_rows(tokens * top_k / max(1, experts)) if sort else 16
     gate_up, down = (expert_tiles(arch, rows, dtype, packed, gated, aligned) for gated in (True, False))
     return Plan(sort, gate_up, down)
+
+
+def pair_tiles(gated: bool) -> PairTiles:
+    """Tiles of the pair kernels, for gate and up or for one weight."""
+    return PairTiles(4, 512, 4, 2) if gated else PairTiles(4, 256, 4, 3, prefetch=True)
+
+
+def linear_tiles(arch: Arch, rows: int, dtype: torch.dtype) -> ExpertTiles | PairTiles:
+    """Tiles for rows times a packed weight."""
+    if rows == 1:
+        return pair_tiles(gated=False)
+    return expert_tiles(arch, block_rows(rows, uneven=False), dtype, True, False)
 
 
 def block_rows(mean: float, uneven: bool = True) -> int:
@@ -89,24 +122,27 @@ def expert_tiles(
     packed: MXFP4 weights; gated: two tiles of weights at once; aligned: rows lie a multiple of 16 elements apart.
     Triton reads others element by element, which takes a register each.
     """
+    if packed:
+        return packed_tiles(arch, block_m, dtype, gated)
     if dtype == torch.float32:
         return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 8, 2)
     if not aligned:
         return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 4, 2)
-    large = arch.smem_per_block >= 160 * KIB
-    stages = 4 if large else 3
-    if packed:
-        if block_m == 16:
-            return ExpertTiles(16, 32 if gated else 64, 128, 4, stages)
-        if block_m == 32:
-            return ExpertTiles(32, 64, 128, 4, 3, True) if gated else ExpertTiles(32, 128, 64, 4, stages, True)
-        if block_m == 64:
-            return ExpertTiles(64, 64, 64, 4, 4) if gated else ExpertTiles(64, 128, 64, 4, stages)
-        if gated:
-            return ExpertTiles(block_m, 64, 128, 8, 2) if large else ExpertTiles(block_m, 32, 64, 8, 3)
-        return ExpertTiles(block_m, 128, 64, 8, 3)
+    stages = 4 if arch.smem_per_block >= 160 * KIB else 3
     if block_m == 16:
         return ExpertTiles(16, 32 if gated else 64, 128, 4, stages, not gated)
     if block_m <= 64:
         return ExpertTiles(block_m, 64 if gated else 128, 64, 4, stages, True)
     return ExpertTiles(block_m, 64 if gated else 128, 64, 8, 3 if gated else stages)
+
+
+def packed_tiles(arch: Arch, block_m: int, dtype: torch.dtype, gated: bool) -> ExpertTiles:
+    """Tiles for MXFP4 weights: depths are whole words of four scales; the weight is the left operand, in registers."""
+    if dtype == torch.float32:
+        return ExpertTiles(min(block_m, 32), 32, 128, 8, 2)
+    large = arch.smem_per_block >= 160 * KIB
+    if block_m <= 32:
+        return ExpertTiles(block_m, 64, 128, 4, 4 if large else 3, True)
+    if block_m == 64:
+        return ExpertTiles(64, 64, 128, 4, 3 if large else 2, True)
+    return ExpertTiles(128, 64, 128, 4, 3 if large else 2, True)

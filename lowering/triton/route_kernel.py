@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 SOFTMAX: tl.constexpr = tl.constexpr(0)
 SIGMOID: tl.constexpr = tl.constexpr(1)
@@ -19,9 +20,11 @@ def route_kernel(
     logits, bias, ids, weights, stride_t, stride_e, stride_b, scaling, eps,
     TOPK: tl.constexpr, TOPK_PAD: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr,
     SIZE: tl.constexpr, SIZE_PAD: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP2: tl.constexpr, SCORE: tl.constexpr,
-    RENORMALISE: tl.constexpr,
+    RENORMALISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (T,). Experts are laid out as [GROUPS, SIZE]; ids and weights are ``[T, TOPK]``, contiguous."""
+    if PDL:
+        gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS_PAD)
     member = tl.arange(0, SIZE_PAD)
