@@ -51,8 +51,7 @@ def pair_launch(
     a["stride_rt"], a["stride_rj"] = (None, None) if row_weights is None else row_weights.stride()
     a |= dict(alpha=float(alpha), limit=None if limit is None else float(limit), ACTIVATION=activation, PDL=pdl)
     a |= dict(TOPK=1 if ids is None else ids.shape[1], WIDE=x.dtype == torch.float32)
-    a |= dict(BLOCK_N=tiles.block_n, BLOCK_Q=tiles.block_q(weight["K"] // 4), STAGES=tiles.num_stages)
-    return a, (out.shape[0] * tiles_n,)
+    return a | _blocks(tiles, weight["K"] // 4), (out.shape[0] * tiles_n,)
 
 
 def sum_launch(
@@ -65,15 +64,19 @@ def sum_launch(
     a["stride_it"], a["stride_ij"] = ids.stride()
     a["stride_rt"], a["stride_rj"] = (None, None) if weights is None else weights.stride()
     a |= dict(TOPK=ids.shape[1], WEIGHTED=weights is not None, WIDE=h.dtype == torch.float32, PDL=pdl)
-    a |= dict(BLOCK_N=tiles.block_n, BLOCK_Q=tiles.block_q(words), STEPS=-(-words // tiles.block_q(words)))
     lines = 1 << (-(-words // 64) - 1).bit_length() if tiles.prefetch and pdl else 0
-    return a | dict(STAGES=tiles.num_stages, LINES=lines), (out.shape[0] * tiles_n,)
+    return a | _blocks(tiles, words) | dict(LINES=lines), (out.shape[0] * tiles_n,)
 
 
 def _weight(weight: dict[str, Any]) -> dict[str, Any]:
     """What both kernels take of a weight."""
     names = ("w", "scale", "bias", "stride_we", "stride_wn", "stride_se", "stride_sn", "stride_be", "stride_bn")
     return {name: weight[name] for name in (*names, "N", "E")} | {"Q": weight["K"] // 4}
+
+
+def _blocks(tiles: PairTiles, words: int) -> dict[str, Any]:
+    size = tiles.block_q(words)
+    return dict(BLOCK_N=tiles.block_n, BLOCK_Q=size, STEPS=-(-words // size), STAGES=tiles.num_stages)
 
 
 def in_words(x: Tensor) -> Tensor:

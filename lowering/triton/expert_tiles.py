@@ -45,7 +45,7 @@ class PairTiles:
 
     def block_q(self, words: int) -> int:
         """Words at once for rows of so many: a power of two, the largest of those that leave the fewest idle."""
-        sizes = [1 << i for i in range(5, self.most_words.bit_length())]
+        sizes = [1 << i for i in range(5, self.most_words.bit_length()) if 1 << i >= min(128, self.most_words)]
         return min(sizes, key=lambda size: (-(-words // size) * size, -size))
 
 

@@ -70,15 +70,20 @@ EXPAND_E8M0: tl.constexpr = tl.constexpr("""
 
 @triton.jit
 def selectors(scale, at):
-    """For bytes at `at`: which byte of its word each is, as `multipliers` wants it.
+    """For bytes at `at`: which byte of its word each is, as `multipliers` wants it."""
+    if scale.dtype.element_ty == tl.int32:
+        pick = 0x4040 + (at & 3) * 0x0101
+    else:
+        pick = at * 0 + 0x4040
+    return pick
 
-    A load that loads nothing: Triton turns tiles into a product's layout where they are loaded, and nowhere else.
-    """
-    pick = 0x4040 + (at & 3) * 0x0101
+
+@triton.jit
+def loaded_selectors(scale, at):
+    """`selectors` by a load that loads nothing: Triton turns a tile into a product's layout only where it is loaded."""
+    pick = selectors(scale, at)
     if scale.dtype.element_ty == tl.int32:
         pick = tl.load(scale + at, mask=at < 0, other=pick)
-    else:
-        pick = pick * 0 + 0x4040
     return pick
 
 
@@ -163,10 +168,10 @@ def packed_product(
     q = tl.arange(0, BLOCK_Q)
     block = tl.arange(0, BLOCK_Q // 8)
     at = offset + rows[:, None] * stride_sn + block[None, :]
-    pick = selectors(scale, at)
+    pick = loaded_selectors(scale, at)
     pick_up = pick
     if GATED:
-        pick_up = selectors(scale, at + stride_sup)
+        pick_up = loaded_selectors(scale, at + stride_sup)
     for k in tl.range(0, Q, BLOCK_Q, num_stages=STAGES):
         if EVEN_Q:
             mask = live[:, None]

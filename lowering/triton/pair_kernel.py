@@ -14,6 +14,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .expert_parts import LINEAR, activate
 from .mxfp4_parts import load_scales, load_words, multipliers, planes, selectors
 
+UNROLLED: tl.constexpr = tl.constexpr(16)  # blocks written out, so that all their loads are in flight at once
+
 
 @triton.jit
 def _chosen(ids, t, j, stride_it, stride_ij, E):
@@ -42,19 +44,31 @@ def _row(x, q, Q, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _products(part, x0, x1, x2, x3, w, scale, rows, at, pick, k, stride_n, rows_left, Q,
-              BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+def _add(part, x0, x1, x2, x3, w, scale, rows, at, k, stride_n, rows_left, Q,
+         BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """part ``[BLOCK_N, BLOCK_Q]``, with what each word of the block at k adds to its row's product; x as from `_row`."""
     q, block = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_Q // 8)
     words = load_words(w + k, rows, q, stride_n, rows_left, Q - k, False, False)
     inside = (rows[:, None] < rows_left) & (block[None, :] < (Q - k) // 8)
-    scales = multipliers(load_scales(scale, at + k // 8, inside), pick, WIDE)
+    scales = multipliers(load_scales(scale, at + k // 8, inside), selectors(scale, at), WIDE)
     w0, w1, w2, w3 = planes(words, scales, BLOCK_N, BLOCK_Q, WIDE)
     part += w0.to(tl.float32) * x0[None, :]
     part += w1.to(tl.float32) * x1[None, :]
     part += w2.to(tl.float32) * x2[None, :]
     part += w3.to(tl.float32) * x3[None, :]
     return part
+
+
+@triton.jit
+def _add_both(part, part_up, x, w, scale, rows, at, k, stride_n, stride_wup, stride_sup, rows_left, Q,
+              GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """`_add` for a weight, and for up's rows if GATED."""
+    x0, x1, x2, x3 = _row(x, k + tl.arange(0, BLOCK_Q), Q, WIDE)
+    part = _add(part, x0, x1, x2, x3, w, scale, rows, at, k, stride_n, rows_left, Q, BLOCK_N, BLOCK_Q, WIDE)
+    if GATED:
+        part_up = _add(part_up, x0, x1, x2, x3, w + stride_wup, scale, rows, at + stride_sup, k, stride_n, rows_left, Q,
+                       BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+    return part, part_up
 
 
 @triton.jit
@@ -75,7 +89,7 @@ def pair_kernel(
     stride_om, stride_it, stride_ij, stride_rt, stride_rj,
     N, Q, E, tiles_n, alpha, limit,
     TOPK: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = activate(w[e] @ x[pair div TOPK]); grid (pairs * tiles_n,).
 
@@ -94,21 +108,18 @@ def pair_kernel(
     rows = tl.arange(0, BLOCK_N)
     w += expert * stride_we + first_n * stride_wn
     scale, at = _scale_rows(scale, expert, first_n, rows, stride_se, stride_sn, BLOCK_Q)
-    pick = selectors(scale, at)
-    pick_up = pick
-    if GATED:
-        pick_up = selectors(scale, at + stride_sup)
     x += (pair // TOPK) * stride_xm
     left = (N - first_n).to(tl.int32)
     part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
     part_up = part
-    for k in tl.range(0, Q, BLOCK_Q, num_stages=STAGES):
-        x0, x1, x2, x3 = _row(x, k + tl.arange(0, BLOCK_Q), Q, WIDE)
-        part = _products(part, x0, x1, x2, x3, w, scale, rows, at, pick, k, stride_wn, left, Q,
-                         BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
-        if GATED:
-            part_up = _products(part_up, x0, x1, x2, x3, w + stride_wup, scale, rows, at + stride_sup, pick_up, k,
-                                stride_wn, left, Q, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+    if STEPS <= UNROLLED:
+        for step in tl.static_range(STEPS):
+            part, part_up = _add_both(part, part_up, x, w, scale, rows, at, step * BLOCK_Q, stride_wn, stride_wup,
+                                      stride_sup, left, Q, GATED, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+    else:
+        for k in tl.range(0, Q, BLOCK_Q, num_stages=STAGES):
+            part, part_up = _add_both(part, part_up, x, w, scale, rows, at, k, stride_wn, stride_wup,
+                                      stride_sup, left, Q, GATED, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
     y, up = tl.sum(part, 1), tl.sum(part_up, 1)
     n = first_n + rows
     if row_weights is not None:
@@ -151,30 +162,50 @@ def pair_sum_kernel(
                     _prefetch(w + near * stride_we + (row * stride_wn)[:, None] + tl.minimum(line, Q - 1)[None, :])
         gdc_wait()
         gdc_launch_dependents()
-    left = (N - first_n).to(tl.int32)
     n = first_n + rows
     part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
     y = tl.zeros((BLOCK_N,), tl.float32)
-    for step in tl.range(0, TOPK * STEPS, num_stages=STAGES):
-        j, k = step // STEPS, (step % STEPS) * BLOCK_Q
-        expert = _chosen(ids, t, j, stride_it, stride_ij, E)
-        some = tl.where(expert < 0, 0, 1)
-        expert = tl.maximum(expert, 0)
-        p = some.to(tl.float32)
-        if WEIGHTED:
-            p = tl.where(some != 0, tl.load(weights + t * stride_rt + j * stride_rj).to(tl.float32), 0.0)
-        scales, at = _scale_rows(scale, expert, first_n, rows, stride_se, stride_sn, BLOCK_Q)
-        pick = selectors(scales, at)
-        columns = some * Q
-        x0, x1, x2, x3 = _row(h + (t * TOPK + j) * stride_hm, k + tl.arange(0, BLOCK_Q), columns, WIDE)
-        part = _products(part, p * x0, p * x1, p * x2, p * x3, w + expert * stride_we + first_n * stride_wn, scales,
-                         rows, at, pick, k, stride_wn, left, columns, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
-        if bias is not None:
-            once = n < tl.where(k == 0, some * N, 0)
-            b = tl.load(bias + expert * stride_be + n * stride_bn, mask=once, other=0.0)
-            y += p * b.to(tl.float32)
+    if TOPK * STEPS <= UNROLLED:
+        for step in tl.static_range(TOPK * STEPS):
+            part, y = _add_choice(
+                part, y, step // STEPS, (step % STEPS) * BLOCK_Q, h, w, scale, bias, ids, weights, t, first_n, rows,
+                stride_hm, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_it, stride_ij,
+                stride_rt, stride_rj, N, Q, E, TOPK, WEIGHTED, WIDE, BLOCK_N, BLOCK_Q,
+            )  # fmt: skip
+    else:
+        for step in tl.range(0, TOPK * STEPS, num_stages=STAGES):
+            part, y = _add_choice(
+                part, y, step // STEPS, (step % STEPS) * BLOCK_Q, h, w, scale, bias, ids, weights, t, first_n, rows,
+                stride_hm, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_it, stride_ij,
+                stride_rt, stride_rj, N, Q, E, TOPK, WEIGHTED, WIDE, BLOCK_N, BLOCK_Q,
+            )  # fmt: skip
     y += tl.sum(part, 1)
     tl.store(out + t * N + n, y.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _add_choice(
+    part, y, j, k, h, w, scale, bias, ids, weights, t, first_n, rows, stride_hm, stride_we, stride_wn, stride_se,
+    stride_sn, stride_be, stride_bn, stride_it, stride_ij, stride_rt, stride_rj, N, Q, E,
+    TOPK: tl.constexpr, WEIGHTED: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """A block of a token's choice j: `_add` with its weight, and the bias at the first block."""
+    expert = _chosen(ids, t, j, stride_it, stride_ij, E)
+    some = tl.where(expert < 0, 0, 1)
+    expert = tl.maximum(expert, 0)
+    p = some.to(tl.float32)
+    if WEIGHTED:
+        p = tl.where(some != 0, tl.load(weights + t * stride_rt + j * stride_rj).to(tl.float32), 0.0)
+    scale, at = _scale_rows(scale, expert, first_n, rows, stride_se, stride_sn, BLOCK_Q)
+    columns, left = some * Q, (N - first_n).to(tl.int32)
+    x0, x1, x2, x3 = _row(h + (t * TOPK + j) * stride_hm, k + tl.arange(0, BLOCK_Q), columns, WIDE)
+    part = _add(part, p * x0, p * x1, p * x2, p * x3, w + expert * stride_we + first_n * stride_wn, scale, rows, at, k,
+                stride_wn, left, columns, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+    if bias is not None:
+        n = first_n + rows
+        b = tl.load(bias + expert * stride_be + n * stride_bn, mask=n < tl.where(k == 0, some * N, 0), other=0.0)
+        y += p * b.to(tl.float32)
+    return part, y
 
 
 @triton.jit
