@@ -26,7 +26,7 @@ FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
 ACTIVATION_CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4, "relu2": 5}
 SINGLE, PAIRS, TABLE = 0, 1, 2
 IDS = (torch.int16, torch.int32, torch.int64)
-ORDER_BLOCK, COMBINE_BLOCK = 1024, 512
+ORDER_BLOCK, COMBINE_BLOCK = 8192, 512
 MAX_TOP_K = 64
 
 
@@ -202,8 +202,14 @@ def order_launch(
     a["x_planes"] = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     a["stride_it"], a["stride_ij"] = ids.stride()
     a["stride_xm"], a["stride_xk"] = (None, None) if x is None else x.stride()
-    a |= dict(Q=None if x is None else x.shape[1] // 4, BLOCK=ORDER_BLOCK)
+    a |= dict(Q=None if x is None else x.shape[1] // 4)
+    a["BLOCK"] = min(max(256, 1 << (pairs - 1).bit_length()), ORDER_BLOCK)
     return a, (experts + (0 if x is None else x.shape[0]),)
+
+
+def order_warps(block: int) -> int:
+    """Warps of the ordering kernel: up to 16 ids a thread."""
+    return max(4, min(16, block // 512))
 
 
 def combine_launch(
@@ -250,7 +256,7 @@ def run_experts(
     with device_guard(x):
         if plan.sort:
             sorting, grid = order_launch(topk_ids, experts, plan.gate_up.block_m, x if packed else None, pdl)
-            order_kernel[grid](**sorting, num_warps=4, launch_pdl=pdl)
+            order_kernel[grid](**sorting, num_warps=order_warps(sorting["BLOCK"]), launch_pdl=pdl)
             tiling = dict(source=TABLE, blocks=len(sorting["table"]), order=sorting["order"], table=sorting["table"])
             x = sorting["x_planes"] if packed else x
         tiling |= dict(rows=pairs, top_k=top_k, pdl=pdl)

@@ -14,7 +14,7 @@ from .expert_pairs import start_pairs
 from .expert_tiles import ExpertTiles, PairTiles, linear_tiles
 from .experts import SINGLE, expert_launch, packed_refusal, weight_operands, weight_refusal
 
-PLANES_BLOCK = 256
+PLANES_BLOCK = 512
 
 
 def linear_refusal(call: Call, arch: Arch) -> str | None:

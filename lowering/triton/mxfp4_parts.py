@@ -20,38 +20,30 @@ from .expert_parts import multiply
 
 TWO_126: tl.constexpr = tl.constexpr(2.0**126)
 
-# Two words ($4) and the multipliers of each, twice ($5, $6; the same register as a rule, and the permutation then
-# costs nothing), to four pairs of bf16. A product with two powers of two is two shifts at once, on the multipliers:
-# they have less to do here than the pipe of logical operations. fma, since SM80 has no mul.bf16x2; -0 leaves signs.
-UNPACK_E2M1: tl.constexpr = tl.constexpr("""
+# Two words ($1) and the multipliers of each, twice ($2, $3; the same register as a rule, and the permutation then
+# costs nothing), to a pair of bf16: `first` leaves one nibble of each word in t, at bits 0 to 3. A product with two
+# powers of two is two shifts at once, on the multipliers: they have less to do here than the pipe of logical
+# operations. fma, since SM80 has no mul.bf16x2; -0 leaves signs.
+_UNPACK = """
 {
-    .reg .b32 s, h, t, zero, bias;
-    prmt.b32 s, $5, $6, 0x7610;
+    .reg .b32 s, t, zero, bias;
+    prmt.b32 s, $2, $3, 0x7610;
     mov.b32 zero, 0x80008000;
     mov.b32 bias, 0x7E807E80;
-    and.b32 t, $4, 0x000F000F;
-    mul.lo.u32 t, t, 0x00001040;
+    first
     and.b32 t, t, 0x81C081C0;
     fma.rn.bf16x2 t, t, bias, zero;
     fma.rn.bf16x2 $0, t, s, zero;
-    and.b32 t, $4, 0x00F000F0;
-    mul.lo.u32 t, t, 0x00000104;
-    and.b32 t, t, 0x81C081C0;
-    fma.rn.bf16x2 t, t, bias, zero;
-    fma.rn.bf16x2 $1, t, s, zero;
-    shr.u32 h, $4, 8;
-    and.b32 t, h, 0x000F000F;
-    mul.lo.u32 t, t, 0x00001040;
-    and.b32 t, t, 0x81C081C0;
-    fma.rn.bf16x2 t, t, bias, zero;
-    fma.rn.bf16x2 $2, t, s, zero;
-    and.b32 t, h, 0x00F000F0;
-    mul.lo.u32 t, t, 0x00000104;
-    and.b32 t, t, 0x81C081C0;
-    fma.rn.bf16x2 t, t, bias, zero;
-    fma.rn.bf16x2 $3, t, s, zero;
 }
-""")
+"""
+UNPACK_0 = tl.constexpr(_UNPACK.replace("first", "and.b32 t, $1, 0x000F000F; mul.lo.u32 t, t, 0x00001040;"))
+UNPACK_1 = tl.constexpr(_UNPACK.replace("first", "and.b32 t, $1, 0x00F000F0; mul.lo.u32 t, t, 0x00000104;"))
+UNPACK_2 = tl.constexpr(
+    _UNPACK.replace("first", "shr.u32 t, $1, 8; and.b32 t, t, 0x000F000F; mul.lo.u32 t, t, 0x00001040;")
+)
+UNPACK_3 = tl.constexpr(
+    _UNPACK.replace("first", "shr.u32 t, $1, 8; and.b32 t, t, 0x00F000F0; mul.lo.u32 t, t, 0x00000104;")
+)
 
 # A byte of a word ($1), chosen by a selector 0x4b4b ($2), to 2^(byte - 127) in bf16, twice. 0 becomes a subnormal
 # number by the maximum, 255 an infinity and by s * 0 + s a NaN.
@@ -124,11 +116,18 @@ def planes(words, scales, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.co
         w2 = _wide(words, 8) * s
         w3 = _wide(words, 12) * s
     else:
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            UNPACK_E2M1, "=&r,=&r,=&r,=&r,r,r,r", [words, s],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
-        )  # fmt: skip
+        w0 = _unpacked(words, s, UNPACK_0)
+        w1 = _unpacked(words, s, UNPACK_1)
+        w2 = _unpacked(words, s, UNPACK_2)
+        w3 = _unpacked(words, s, UNPACK_3)
     return w0, w1, w2, w3
+
+
+@triton.jit
+def _unpacked(words, s, INSTRUCTIONS: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        INSTRUCTIONS, "=r,r,r,r", [words, s], dtype=tl.bfloat16, is_pure=True, pack=2
+    )  # fmt: skip
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def order_kernel(
     if x is not None:
         if e >= E:
             t = (e - E).to(tl.int64)
-            to_planes(x + t * stride_xm, x_planes + t * 4 * Q, stride_xk, Q, BLOCK // 4)
+            to_planes(x + t * stride_xm, x_planes + t * 4 * Q, stride_xk, Q, 512)
             return
     at = tl.arange(0, BLOCK)
     smaller = tl.zeros((BLOCK,), tl.int32)

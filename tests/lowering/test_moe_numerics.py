@@ -262,14 +262,14 @@ def test_dequantisation_is_exact(run: Runner) -> None:  # noqa: F811
 def test_the_unpacking_instructions() -> None:
     """The inline assembly, which the interpreter cannot run, executed here on all bytes and scales."""
     pytest.importorskip("triton")
-    from sm12x_compile.lowering.triton.mxfp4_parts import EXPAND_E8M0, UNPACK_E2M1
+    from sm12x_compile.lowering.triton.mxfp4_parts import EXPAND_E8M0, UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3
 
     bytes_ = torch.arange(256)
     other = torch.stack([bytes_.flip(0), bytes_ ^ 0x5A, bytes_ ^ 0x0F])
     words = (bytes_ | other[0] << 8 | other[1] << 16 | other[2] << 24)[:, None]
     code, shift = bytes_[None], 8 * (bytes_[None] % 4)
     (scale,) = execute(EXPAND_E8M0.value, [code << shift | 0x5A5A5A5A & ~(255 << shift), 0x4040 + 0x0101 * shift // 8], 1)
-    made = execute(UNPACK_E2M1.value, [words, scale, scale], 4)
+    made = [execute(u.value, [words, scale, scale], 1)[0] for u in (UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3)]
     packed = words.to(torch.int32).view(torch.uint8).view(256, 4).repeat(1, 4)  # 32 numbers, the first 8 four times
     for s in range(256):
         wanted = dequantize_fp4("test", packed, torch.full((256, 1), s, dtype=torch.uint8), "mxfp4")[:, :8]
