@@ -64,8 +64,7 @@ def sum_launch(
     a["stride_it"], a["stride_ij"] = ids.stride()
     a["stride_rt"], a["stride_rj"] = (None, None) if weights is None else weights.stride()
     a |= dict(TOPK=ids.shape[1], WEIGHTED=weights is not None, WIDE=h.dtype == torch.float32, PDL=pdl)
-    lines = 1 << (-(-words // 64) - 1).bit_length() if tiles.prefetch and pdl else 0
-    return a | _blocks(tiles, words) | dict(LINES=lines), (out.shape[0] * tiles_n,)
+    return a | _blocks(tiles, words), (out.shape[0] * tiles_n,)
 
 
 def _weight(weight: dict[str, Any]) -> dict[str, Any]:

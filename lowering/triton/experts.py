@@ -20,13 +20,13 @@ from ...arch import Arch
 from ...registry import Call
 from .arguments import DTYPES, card_of, device_guard, dtype_name, launches_early, triton_missing
 from .expert_pairs import run_pairs
-from .expert_tiles import ExpertTiles, PairTiles, Plan, expert_plan, reads_singly
+from .expert_tiles import ExpertTiles, PairPlan, Plan, expert_plan, reads_singly
 
 FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
 ACTIVATION_CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4, "relu2": 5}
 SINGLE, PAIRS, TABLE = 0, 1, 2
 IDS = (torch.int16, torch.int32, torch.int64)
-ORDER_BLOCK, COMBINE_BLOCK = 8192, 512
+ORDER_BLOCK, COMBINE_BLOCK = 4096, 512
 MAX_TOP_K = 64
 
 
@@ -62,8 +62,9 @@ def moe_decode_refusal(call: Call, arch: Arch) -> str | None:
     refusal = moe_refusal(call, arch)
     if refusal:
         return refusal
-    tokens, weights = call.hint(call.x.shape[0]), (call.w13, call.w2, call.w3)
-    if not reads_singly(arch, tokens, call.topk_ids.shape[1], call.w13.shape[0], expert_bytes(*weights)):
+    tokens, size = call.hint(call.x.shape[0]), expert_bytes(call.w13, call.w2, call.w3)
+    top_k, experts = call.topk_ids.shape[1], call.w13.shape[0]
+    if not reads_singly(arch, tokens, top_k, experts, size, call.format == "mxfp4"):
         return f"{tokens} tokens share experts, which it would read once for each of them"
     return None
 
@@ -208,8 +209,8 @@ def order_launch(
 
 
 def order_warps(block: int) -> int:
-    """Warps of the ordering kernel: up to 16 ids a thread."""
-    return max(4, min(16, block // 512))
+    """Warps of the ordering kernel: 8 ids a thread at most."""
+    return max(4, block // 256)
 
 
 def combine_launch(
@@ -224,7 +225,7 @@ def combine_launch(
 
 
 def run_experts(
-    plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor,
+    plan: Plan | PairPlan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor,
     w13_bias: Tensor | None = None, w2_bias: Tensor | None = None, w13_scale: Tensor | None = None,
     w2_scale: Tensor | None = None, format: str = "bf16", layout: str = "enk", interleaved: bool = False,
     activation: str = "silu", gated: bool = True, alpha: float = 1.702, limit: float | None = None,
@@ -247,7 +248,7 @@ def run_experts(
         return out.zero_()
     between: dict[str, Any] = dict(activation=ACTIVATION_CODES[activation], alpha=alpha, limit=limit)
     between["row_weights"] = topk_weights if weight_on == "input" else None
-    if isinstance(plan.gate_up, PairTiles):
+    if isinstance(plan, PairPlan):
         weights = topk_weights if weight_on == "output" else None
         return run_pairs(plan.gate_up, plan.down, x, topk_ids, weights, first, second, out, between, pdl)
     h = x.new_empty((pairs, first["N"]))

@@ -157,7 +157,7 @@ def packed_product(
 ):  # fmt: skip
     """Rows of x times rows of a packed weight (and those of up, if GATED): two tiles, fp32, transposed if SWAP.
 
-    x: pointers ``[BLOCK_M, 1]`` to rows in planes; Q: columns of a plane; offset: bytes from `scale` to the first row's.
+    x: pointers ``[BLOCK_M, 1]`` to rows in planes; Q: columns of a plane; offset: bytes from `scale` to the first row.
     """
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

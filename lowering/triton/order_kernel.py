@@ -28,7 +28,7 @@ def order_kernel(
         gdc_wait()
         gdc_launch_dependents()
     e = tl.program_id(0)
-    if x is not None:
+    if x is not None:  # noqa: SIM102 (decided while compiling)
         if e >= E:
             t = (e - E).to(tl.int64)
             to_planes(x + t * stride_xm, x_planes + t * 4 * Q, stride_xk, Q, 512)

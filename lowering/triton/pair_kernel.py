@@ -46,7 +46,7 @@ def _row(x, q, Q, WIDE: tl.constexpr):
 @triton.jit
 def _add(part, x0, x1, x2, x3, w, scale, rows, at, k, stride_n, rows_left, Q,
          BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """part ``[BLOCK_N, BLOCK_Q]``, with what each word of the block at k adds to its row's product; x as from `_row`."""
+    """part ``[BLOCK_N, BLOCK_Q]``, with what each word of the block at k adds to its row's product; x as in `_row`."""
     q, block = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_Q // 8)
     words = load_words(w + k, rows, q, stride_n, rows_left, Q - k, False, False)
     inside = (rows[:, None] < rows_left) & (block[None, :] < (Q - k) // 8)
@@ -142,26 +142,18 @@ def pair_sum_kernel(
     stride_hm, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_it, stride_ij,
     stride_rt, stride_rj, N, Q, E, tiles_n,
     TOPK: tl.constexpr, WEIGHTED: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    STEPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum_j p[t, j] * (w[e] @ h[t * TOPK + j] + bias[e]); grid (T * tiles_n,); out is contiguous.
 
-    STEPS: blocks of Q. LINES: how many lines of 128 bytes of a row, at least, to call into the L2 while the kernel before
-    is still at work on h; 0 for none. The ids are older than that, and a wrong one would only cost time.
+    STEPS: blocks of Q.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     t = (tl.program_id(0) // tiles_n).to(tl.int64)
     first_n = ((tl.program_id(0) % tiles_n) * BLOCK_N).to(tl.int64)
     rows = tl.arange(0, BLOCK_N)
-    if PDL:
-        if LINES > 0:
-            line = tl.arange(0, LINES) * 64
-            for choice in tl.static_range(TOPK):
-                near = _chosen(ids, t, choice, stride_it, stride_ij, E)
-                if near >= 0:
-                    row = tl.minimum(first_n + rows, N - 1)
-                    _prefetch(w + near * stride_we + (row * stride_wn)[:, None] + tl.minimum(line, Q - 1)[None, :])
-        gdc_wait()
-        gdc_launch_dependents()
     n = first_n + rows
     part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
     y = tl.zeros((BLOCK_N,), tl.float32)
@@ -206,10 +198,3 @@ def _add_choice(
         b = tl.load(bias + expert * stride_be + n * stride_bn, mask=n < tl.where(k == 0, some * N, 0), other=0.0)
         y += p * b.to(tl.float32)
     return part, y
-
-
-@triton.jit
-def _prefetch(address):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )

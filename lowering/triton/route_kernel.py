@@ -1,8 +1,8 @@
 """The choice of the experts in one launch: scores, groups, the K best, their weights. A program takes one token.
 
 The K best are found one after the other, each by one reduction. K is small and the scores of a token fit in a warp's
-registers, so that beats a sort. Of equal scores the expert with the lower number comes first; NaN counts as the largest, as in
-`torch.topk`.
+registers, so that beats a sort. Of equal scores the expert with the lower number comes first; NaN counts as the
+largest, as in `torch.topk`.
 """
 
 from __future__ import annotations

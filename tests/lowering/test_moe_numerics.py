@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sm12x_compile.arch import by_name, of_device
-from sm12x_compile.lowering.triton.expert_tiles import ExpertTiles, PairTiles, Plan, expert_plan, expert_tiles
+from sm12x_compile.lowering.triton.expert_tiles import ExpertTiles, PairPlan, PairTiles, Plan, expert_plan, expert_tiles
 from sm12x_compile.ops.moe import moe
 from sm12x_compile.ops.mxfp4 import dequantize_fp4, mxfp4_linear
 
@@ -162,12 +162,12 @@ def assert_close(out: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert error <= BOUND[dtype] * size, f"relative error {error / size:.1e}"
 
 
-def variants(case: Case, device: str) -> list[tuple[torch.dtype, Plan]]:
+def variants(case: Case, device: str) -> list[tuple[torch.dtype, Plan | PairPlan]]:
     """Small tiles, so that small sizes have edges; on a GPU those that it and an RTX 5090 would choose, in turn."""
     if device == "cpu":
         wide = replace(SMALL, block_n=32, block_k=128, swap=True)
         if case.packed:
-            pairs = Plan(False, PairTiles(4, 32, 4, 2), PairTiles(16, 64, 4, 2))
+            pairs = PairPlan(PairTiles(4, 32, 4, 2), PairTiles(16, 64, 4, 2))
             return [(torch.float32, plan) for plan in (Plan(True, replace(SMALL, block_k=128), wide), pairs)]
         return [(torch.float32, plan) for plan in (Plan(True, SMALL, SMALL), Plan(False, SMALL, wide))]
     made, rows = [], (16, 32, 64, 128)[EVERY.index(case) % 4 if case in EVERY else 0]
@@ -268,7 +268,9 @@ def test_the_unpacking_instructions() -> None:
     other = torch.stack([bytes_.flip(0), bytes_ ^ 0x5A, bytes_ ^ 0x0F])
     words = (bytes_ | other[0] << 8 | other[1] << 16 | other[2] << 24)[:, None]
     code, shift = bytes_[None], 8 * (bytes_[None] % 4)
-    (scale,) = execute(EXPAND_E8M0.value, [code << shift | 0x5A5A5A5A & ~(255 << shift), 0x4040 + 0x0101 * shift // 8], 1)
+    (scale,) = execute(
+        EXPAND_E8M0.value, [code << shift | 0x5A5A5A5A & ~(255 << shift), 0x4040 + 0x0101 * shift // 8], 1
+    )
     made = [execute(u.value, [words, scale, scale], 1)[0] for u in (UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3)]
     packed = words.to(torch.int32).view(torch.uint8).view(256, 4).repeat(1, 4)  # 32 numbers, the first 8 four times
     for s in range(256):
@@ -301,7 +303,7 @@ def execute(assembly: str, inputs: list[Any], outputs: int) -> list[Tensor]:
         parts = [torch.where(p < 4, a >> (8 * p), b >> (8 * (p - 4))) & 255 for p in picked]
         return parts[0] | parts[1] << 8 | parts[2] << 16 | parts[3] << 24
 
-    run: dict[str, Callable[..., Tensor]] = {
+    perform: dict[str, Callable[..., Tensor]] = {
         "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "mul.lo.u32": lambda a, b: a * b, "prmt.b32": prmt,
         "shr.u32": lambda a, b: a >> b, "shl.b32": lambda a, b: a << b,
         "max.bf16x2": lambda a, b: pair([torch.fmax(*v) for v in zip(halves(a), halves(b), strict=True)]),
@@ -316,7 +318,7 @@ def execute(assembly: str, inputs: list[Any], outputs: int) -> list[Tensor]:
             continue
         target, *given = (o.strip() for o in words[1].split(","))
         values = [held[name] if name in held else torch.tensor(int(name, 0)) for name in given]
-        held[target] = run[words[0]](*values) & 0xFFFFFFFF
+        held[target] = perform[words[0]](*values) & 0xFFFFFFFF
     return [held[f"${i}"] for i in range(outputs)]
 
 
