@@ -251,6 +251,7 @@ def run_experts(
     if isinstance(plan, PairPlan):
         weights = topk_weights if weight_on == "output" else None
         return run_pairs(plan.gate_up, plan.down, x, topk_ids, weights, first, second, out, between, pdl)
+    assert plan.sort or not packed, "MXFP4 experts are read pair by pair under a PairPlan"
     h = x.new_empty((pairs, first["N"]))
     y = x.new_empty((pairs, D))
     tiling: dict[str, Any] = dict(source=PAIRS, blocks=pairs, ids=topk_ids)

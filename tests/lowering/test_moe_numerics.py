@@ -22,6 +22,7 @@ from sm12x_compile.lowering.triton.expert_tiles import ExpertTiles, PairPlan, Pa
 from sm12x_compile.ops.moe import moe
 from sm12x_compile.ops.mxfp4 import dequantize_fp4, mxfp4_linear
 
+from .order_calls import said, tiles_of
 from .test_triton_numerics import BOUND, run  # noqa: F401 (the fixture)
 
 EXPERTS = "sm12x_compile.lowering.triton.experts"
@@ -239,6 +240,17 @@ def test_mxfp4_linear(shape: tuple[int, ...], N: int, K: int, run: Runner) -> No
     assert_close(run(LINEAR, "mxfp4_linear", x, weight, scale, bias), wanted, dtype)
 
 
+@pytest.mark.parametrize("routing", ["random", "one expert", "some outside"])
+def test_pairs_in_order(routing: str, run: Runner) -> None:  # noqa: F811
+    """Several blocks of pairs, several tiles an expert, and x in planes."""
+    device = run.device  # type: ignore[attr-defined]
+    (x, ids, *_), _ = inputs(Case("order", T=300, K=3, E=7, D=32, I=8, routing=routing), torch.float32, device)
+    module = "tests.lowering.order_calls" if device == "cpu" else f"{__package__}.order_calls"
+    order, table, planes = run(module, "ordered", ids, 7, 16, 256, x)
+    assert said(order, table) == tiles_of(ids, 7, 16)
+    assert torch.equal(planes, x.view(300, 8, 4).mT)
+
+
 def every_byte_under_every_scale(device: str) -> tuple[Tensor, Tensor, Tensor]:
     each = torch.arange(256, device=device).to(torch.uint8)
     packed = each[None, :].expand(256, 256).reshape(-1, 64).contiguous()
@@ -324,8 +336,9 @@ def execute(assembly: str, inputs: list[Any], outputs: int) -> list[Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "mxfp4"])
-@pytest.mark.parametrize("T", [1, 16, 257])
+@pytest.mark.parametrize("T", [1, 2, 16, 257, 4096])
 def test_one_graph_under_many_routings(T: int, packed: bool) -> None:
+    """All tokens to one expert, experts without tokens, ids outside: equal to eager and to the reference."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     moe_experts = importlib.import_module(EXPERTS).moe_experts
