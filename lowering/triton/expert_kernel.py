@@ -6,14 +6,18 @@ The grid is fixed by the shapes and has room for the worst routing; programs wit
 
 The gate's and up's rows of a weight are two tiles multiplied with the same x, so that the activation is applied to
 the accumulators and the wide intermediate never exists.
+
+MXFP4 weights want x in planes (`mxfp4_parts`), and what the second product reads is written so by the first.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .expert_parts import LINEAR, activate, load_scales, load_weights, multiply
+from .expert_parts import LINEAR, activate, load_weights, multiply
+from .mxfp4_parts import packed_product
 
 SINGLE: tl.constexpr = tl.constexpr(0)
 PAIRS: tl.constexpr = tl.constexpr(1)
@@ -29,7 +33,7 @@ def expert_kernel(
     SOURCE: tl.constexpr, TOPK: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, JOINED: tl.constexpr, SWAP: tl.constexpr, IEEE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, TO_PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * tiles_n,); column blocks of a tile run side by side.
 
@@ -38,7 +42,12 @@ def expert_kernel(
     the position; out is written at the pair if SCATTER, else at the position.
     row_weights: ``[T, TOPK]``, multiplied to the product before the bias, or None.
     JOINED: gate and up alternate in neighbouring columns in memory, so both are read as one tile.
+    TO_PLANES: write columns in planes; a program's rows of the weight are then taken plane by plane.
+    PDL: see `arguments.launches_early`.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     tile = tl.program_id(0) // tiles_n
     first_n = (tl.program_id(0) % tiles_n) * BLOCK_N
     if SOURCE == SINGLE:
@@ -68,56 +77,47 @@ def expert_kernel(
         x_row = position
     expert = tl.cast(e, tl.int64)
     w += expert * stride_we + tl.cast(first_n, tl.int64) * stride_wn
-    offset = 0
-    if scale is not None:
-        first = expert * stride_se + tl.cast(first_n, tl.int64) * stride_sn
-        if not ALIGNED and scale.dtype.element_ty == tl.int32:
-            offset = (first & 3).to(tl.int32)
-            first = first >> 2
-        scale += first
     width: tl.constexpr = 2 * BLOCK_N if JOINED else BLOCK_N
     rows = tl.arange(0, width)
-    column = tl.arange(0, BLOCK_K)
-    x_at = x + x_row.to(tl.int64)[:, None] * stride_xm + column[None, :] * stride_xk
+    if TO_PLANES:
+        rows = 4 * (rows % (BLOCK_N // 4)) + rows // (BLOCK_N // 4)
+    x_at = x + x_row.to(tl.int64)[:, None] * stride_xm
     left = N - first_n
-    if JOINED:
-        left = 2 * left
-    if SWAP:
-        acc = tl.zeros((width, BLOCK_M), tl.float32)
+    if scale is not None:
+        offset = 0
+        first = expert * stride_se + tl.cast(first_n, tl.int64) * stride_sn
+        if scale.dtype.element_ty == tl.int32:
+            offset = (first & 3).to(tl.int32)
+            first = first >> 2
+        acc, acc_up = packed_product(
+            x_at, live, w, scale + first, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, left, K // 4,
+            GATED, SWAP, IEEE, STAGES, BLOCK_M, BLOCK_N, BLOCK_K // 4, EVEN_N, EVEN_K,
+        )  # fmt: skip
     else:
-        acc = tl.zeros((BLOCK_M, width), tl.float32)
-    acc_up = acc
-    stride_row = stride_wn
-    if JOINED:
-        stride_row = stride_wup
-    packed: tl.constexpr = scale is not None
-    two: tl.constexpr = GATED and not JOINED
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        if EVEN_K:
-            x_tile = tl.load(x_at, mask=live[:, None], other=0.0)
+        column = tl.arange(0, BLOCK_K)
+        x_at += column[None, :] * stride_xk
+        if JOINED:
+            left = 2 * left
+        if SWAP:
+            acc = tl.zeros((width, BLOCK_M), tl.float32)
         else:
-            x_tile = tl.load(x_at, mask=live[:, None] & (column[None, :] < K - k), other=0.0)
-        codes = rows
-        if packed:
-            codes = load_scales(scale, rows, stride_sn, offset, left, K - k, BLOCK_K, ALIGNED)
-        w_tile = load_weights(w, codes, rows, stride_row, stride_wk, left, K - k,
-                              width, BLOCK_K, EVEN_N, EVEN_K, packed, IEEE)  # fmt: skip
-        acc = multiply(acc, x_tile, w_tile, SWAP, IEEE)
-        if two:
-            if packed and ALIGNED:
-                codes = load_scales(scale + stride_sup, rows, stride_sn, 0, left, K - k, BLOCK_K, True)
-            elif packed:
-                codes = load_scales(scale, rows, stride_sn, offset + stride_sup, left, K - k, BLOCK_K, False)
-            w_tile = load_weights(w + stride_wup, codes, rows, stride_row, stride_wk, left, K - k,
-                                  width, BLOCK_K, EVEN_N, EVEN_K, packed, IEEE)  # fmt: skip
-            acc_up = multiply(acc_up, x_tile, w_tile, SWAP, IEEE)
-        if packed:
-            if ALIGNED:
-                scale += BLOCK_K // 128
+            acc = tl.zeros((BLOCK_M, width), tl.float32)
+        acc_up = acc
+        stride_row = stride_wn
+        if JOINED:
+            stride_row = stride_wup
+        for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+            if EVEN_K:
+                x_tile = tl.load(x_at, mask=live[:, None], other=0.0)
             else:
-                offset += BLOCK_K // 32
-        x_at += BLOCK_K * stride_xk
-        w += (BLOCK_K // 2 if packed else BLOCK_K) * stride_wk
+                x_tile = tl.load(x_at, mask=live[:, None] & (column[None, :] < K - k), other=0.0)
+            w_tile = load_weights(w, rows, stride_row, stride_wk, left, K - k, BLOCK_K, EVEN_N, EVEN_K)
+            acc = multiply(acc, x_tile, w_tile, SWAP, IEEE)
+            if GATED and not JOINED:
+                w_tile = load_weights(w + stride_wup, rows, stride_row, stride_wk, left, K - k, BLOCK_K, EVEN_N, EVEN_K)
+                acc_up = multiply(acc_up, x_tile, w_tile, SWAP, IEEE)
+            x_at += BLOCK_K * stride_xk
+            w += BLOCK_K * stride_wk
 
     if SWAP:
         acc = tl.trans(acc)
@@ -125,6 +125,8 @@ def expert_kernel(
     if JOINED:
         acc, acc_up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
     n = first_n + tl.arange(0, BLOCK_N)
+    if TO_PLANES:
+        n = first_n + rows
     if row_weights is not None:
         p_at = row_weights + (pair // TOPK).to(tl.int64) * stride_rt + (pair % TOPK) * stride_rj
         p = tl.load(p_at, mask=live, other=0.0).to(tl.float32)[:, None]
@@ -140,16 +142,22 @@ def expert_kernel(
     out_row = position
     if SCATTER:
         out_row = pair
-    o_at = out + out_row.to(tl.int64)[:, None] * stride_om + n[None, :]
+    column_out = n
+    if TO_PLANES:
+        column_out = (n % 4) * (N // 4) + n // 4
+    o_at = out + out_row.to(tl.int64)[:, None] * stride_om + column_out[None, :]
     tl.store(o_at, acc.to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["T"])
 def combine_kernel(
     y, ids, weights, out, stride_it, stride_ij, stride_rt, stride_rj, T, D, E,
-    TOPK: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    TOPK: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Sum over a token's choices in their order; grid (T, cdiv(D, BLOCK)). y: ``[T * TOPK, D]``, out: ``[T, D]``."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -1,8 +1,8 @@
 """Tile choices of the expert kernels: pure functions of `Arch` and shape.
 
 SM12x rows are chosen by what the compiler says for sm_120a: they fit 99 KiB and spill nothing in a loop. Those of
-Hopper were timed on an H200 in bf16 and MXFP4 (benchmarks/results/moe_kernels-h200.json). Those of A100 and B200, of
-fp32 and of rows that are not aligned are compiled only.
+Hopper were timed on an H200 in bf16 and MXFP4. Those of A100 and B200, of fp32 and of rows that are not aligned are
+compiled only.
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ class ExpertTiles:
 
 
 @dataclass(frozen=True)
+class PairTiles:
+    """Rows of a weight that a program of the pair kernels takes, the most words of them at once, warps and stages."""
+
+    block_n: int
+    most_words: int
+    num_warps: int
+    num_stages: int
+
+    def block_q(self, words: int) -> int:
+        """Words at once for rows of so many: of the powers of two that leave the fewest idle, the largest."""
+        sizes = [1 << i for i in range(5, self.most_words.bit_length()) if 1 << i >= min(128, self.most_words)]
+        return min(sizes, key=lambda size: (-(-words // size) * size, -size))
+
+
+@dataclass(frozen=True)
 class Plan:
     """How the two products of routed experts are run.
 
@@ -44,6 +59,14 @@ class Plan:
     down: ExpertTiles
 
 
+@dataclass(frozen=True)
+class PairPlan:
+    """The same where MXFP4 experts are read pair by pair; nothing is sorted."""
+
+    gate_up: PairTiles
+    down: PairTiles
+
+
 # Rows an expert gets on average, up to which a block of so many rows is taken: routing is uneven, and an expert
 # whose rows do not fit in one block is read twice.
 BLOCK_M = ((8, 16), (20, 32), (48, 64))
@@ -51,9 +74,12 @@ LARGEST_M = 128
 # What sorting costs (H200: 7 to 12 us with two launches more), and tokens beyond which pairs are never read singly.
 SORT_SECONDS = 8e-6
 MOST_PAIRS_TOKENS = 8
+# The same for MXFP4, where pairs are multiplied without tensor cores: what part of the bandwidth pairs and sorted rows
+# reach, and what sorted rows take besides (H200, 1 to 8 tokens, 8 of 128 experts of 2048 x 768).
+PAIRS_SHARE, SORTED_SHARE, SORTED_SECONDS = 0.27, 0.44, 25e-6
 
 
-def reads_singly(arch: Arch, tokens: int, top_k: int, experts: int, expert_bytes: float) -> bool:
+def reads_singly(arch: Arch, tokens: int, top_k: int, experts: int, expert_bytes: float, packed: bool = False) -> bool:
     """Whether every token-expert pair should read its expert by itself, rather than be sorted by expert first.
 
     With uniformly random routing some experts are read twice; that may cost what sorting costs. One token chooses
@@ -62,18 +88,35 @@ def reads_singly(arch: Arch, tokens: int, top_k: int, experts: int, expert_bytes
     if tokens <= 1 or tokens > MOST_PAIRS_TOKENS:
         return tokens <= 1
     hit = experts * (1.0 - (1.0 - min(top_k, experts) / experts) ** tokens)
+    if packed:
+        extra = (tokens * top_k / PAIRS_SHARE - hit / SORTED_SHARE) * expert_bytes
+        return extra <= SORTED_SECONDS * arch.bandwidth
     return (tokens * top_k - hit) * expert_bytes <= SORT_SECONDS * arch.bandwidth
 
 
 def expert_plan(
     arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, packed: bool, expert_bytes: float,
     *, aligned: bool = True,
-) -> Plan:  # fmt: skip
+) -> Plan | PairPlan:  # fmt: skip
     """The plan for so many tokens with `top_k` experts each, of `expert_bytes`; see `expert_tiles` for the rest."""
-    sort = not reads_singly(arch, tokens, top_k, experts, expert_bytes)
+    sort = not reads_singly(arch, tokens, top_k, experts, expert_bytes, packed)
+    if packed and not sort:
+        return PairPlan(pair_tiles(), pair_tiles())
     rows = block_rows(tokens * top_k / max(1, experts)) if sort else 16
     gate_up, down = (expert_tiles(arch, rows, dtype, packed, gated, aligned) for gated in (True, False))
     return Plan(sort, gate_up, down)
+
+
+def pair_tiles() -> PairTiles:
+    """Tiles of the pair kernels."""
+    return PairTiles(8, 256, 4, 2)
+
+
+def linear_tiles(arch: Arch, rows: int, dtype: torch.dtype) -> ExpertTiles | PairTiles:
+    """Tiles for rows times a packed weight."""
+    if rows == 1:
+        return pair_tiles()
+    return expert_tiles(arch, block_rows(rows, uneven=False), dtype, True, False)
 
 
 def block_rows(mean: float, uneven: bool = True) -> int:
@@ -89,24 +132,29 @@ def expert_tiles(
     packed: MXFP4 weights; gated: two tiles of weights at once; aligned: rows lie a multiple of 16 elements apart.
     Triton reads others element by element, which takes a register each.
     """
+    if packed:
+        return packed_tiles(arch, block_m, dtype, gated)
     if dtype == torch.float32:
         return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 8, 2)
     if not aligned:
         return ExpertTiles(min(block_m, 32), 32 if gated else 64, 32, 4, 2)
-    large = arch.smem_per_block >= 160 * KIB
-    stages = 4 if large else 3
-    if packed:
-        if block_m == 16:
-            return ExpertTiles(16, 32 if gated else 64, 128, 4, stages)
-        if block_m == 32:
-            return ExpertTiles(32, 64, 128, 4, 3, True) if gated else ExpertTiles(32, 128, 64, 4, stages, True)
-        if block_m == 64:
-            return ExpertTiles(64, 64, 64, 4, 4) if gated else ExpertTiles(64, 128, 64, 4, stages)
-        if gated:
-            return ExpertTiles(block_m, 64, 128, 8, 2) if large else ExpertTiles(block_m, 32, 64, 8, 3)
-        return ExpertTiles(block_m, 128, 64, 8, 3)
+    stages = 4 if arch.smem_per_block >= 160 * KIB else 3
     if block_m == 16:
         return ExpertTiles(16, 32 if gated else 64, 128, 4, stages, not gated)
     if block_m <= 64:
         return ExpertTiles(block_m, 64 if gated else 128, 64, 4, stages, True)
     return ExpertTiles(block_m, 64 if gated else 128, 64, 8, 3 if gated else stages)
+
+
+def packed_tiles(arch: Arch, block_m: int, dtype: torch.dtype, gated: bool) -> ExpertTiles:
+    """Tiles for MXFP4 weights, the left operand, kept in registers.
+
+    The depth is a multiple of 128: four scales, a word. With more rows the registers would not hold x's fragments,
+    unless x stays in shared memory (wgmma).
+    """
+    if dtype == torch.float32:
+        return ExpertTiles(min(block_m, 32), 32, 128, 8, 2)
+    stages = 4 if arch.wgmma and gated else 3
+    if block_m >= 64 and arch.wgmma:
+        return ExpertTiles(64, 64, 128, 4, 3, True) if gated else ExpertTiles(64, 128, 128, 8, 3, True)
+    return ExpertTiles(min(block_m, 32), 64 if gated else 128, 128, 4, stages, True)

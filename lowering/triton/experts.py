@@ -1,6 +1,7 @@
 """`sm12x::moe` in Triton: routed experts with plain (fp16, bf16, fp32) or MXFP4 weights.
 
     few tokens    every token-expert pair reads its expert by itself: gate and up with the activation, down, sum
+                  (MXFP4: `expert_pairs`, without tensor cores)
     else          the pairs are sorted by expert first, so that an expert is read once for all its tokens
 
 Grids depend on shapes alone, nothing waits for the host and nothing is added atomically: a CUDA graph can be replayed
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import DTYPES, card_of, device_guard, dtype_name, triton_missing
-from .expert_tiles import ExpertTiles, Plan, expert_plan, reads_singly
+from .arguments import DTYPES, card_of, device_guard, dtype_name, launches_early, triton_missing
+from .expert_pairs import run_pairs
+from .expert_tiles import ExpertTiles, PairPlan, Plan, expert_plan, reads_singly
 
 FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
 ACTIVATION_CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4, "relu2": 5}
 SINGLE, PAIRS, TABLE = 0, 1, 2
 IDS = (torch.int16, torch.int32, torch.int64)
-ORDER_BLOCK, COMBINE_BLOCK = 1024, 512
+ORDER_BLOCK, COMBINE_BLOCK = 4096, 512
 MAX_TOP_K = 64
 
 
@@ -60,8 +62,9 @@ def moe_decode_refusal(call: Call, arch: Arch) -> str | None:
     refusal = moe_refusal(call, arch)
     if refusal:
         return refusal
-    tokens, weights = call.hint(call.x.shape[0]), (call.w13, call.w2, call.w3)
-    if not reads_singly(arch, tokens, call.topk_ids.shape[1], call.w13.shape[0], expert_bytes(*weights)):
+    tokens, size = call.hint(call.x.shape[0]), expert_bytes(call.w13, call.w2, call.w3)
+    top_k, experts = call.topk_ids.shape[1], call.w13.shape[0]
+    if not reads_singly(arch, tokens, top_k, experts, size, call.format == "mxfp4"):
         return f"{tokens} tokens share experts, which it would read once for each of them"
     return None
 
@@ -104,6 +107,8 @@ def packed_refusal(weights: list[Tensor], scales: list[Tensor | None]) -> str | 
             return f"needs packed weights and scales in bytes, got {dtype_name(w.dtype)} and {dtype_name(scale.dtype)}"
         if scale.stride(-1) != 1 and scale.shape[-1] > 1:
             return "needs the scales of a row side by side in memory"
+        if w.stride(-1) != 1 or any(s % 2 for s in w.stride()[:-1]) or w.storage_offset() % 2:
+            return "needs the packed weights of a row side by side in memory, in words of two bytes"
     return None
 
 
@@ -131,19 +136,19 @@ def weight_operands(
     w: Tensor, scale: Tensor | None, bias: Tensor | None, split: bool = False, interleaved: bool = False,
     apart: Tensor | None = None, apart_bias: Tensor | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Arguments of the expert kernel for a weight ``[E, N, K]`` of any strides (packed: ``[E, N, K / 2]``).
+    """Arguments of the expert kernel for a weight ``[E, N, K]`` of any strides (packed: ``[E, N, K / 2]`` bytes).
 
     split: the rows are those of a gate and of up, halves or alternating; N is then the number of each.
     apart: the weight of up where it is a tensor of its own, which lies as `w` does: the kernel wants its distance.
+    Packed weights are read in words of two bytes, which their strides count; strides of scales count bytes.
     """
-    a: dict[str, Any] = {"scale": None, "stride_se": None, "stride_sn": None, "stride_sup": None, "ALIGNED": False}
+    a: dict[str, Any] = {"scale": None, "stride_se": None, "stride_sn": None, "stride_sup": None}
     a |= {"bias": bias, "stride_be": None, "stride_bn": None, "stride_bup": None}
     rows = w.shape[1] // 2 if split and apart is None else w.shape[1]
     step, up = (2, 1) if interleaved else (1, rows)
     if scale is not None:
-        w = w.view(torch.uint8)
+        w = w.view(torch.uint8).view(torch.int16)
         a["scale"], (a["stride_se"], row, _) = scale_words(scale), scale.stride()
-        a["ALIGNED"] = a["scale"].dtype == torch.int32 and row % 4 == 0
         a["stride_sn"], a["stride_sup"] = step * row, up * row
     if bias is not None:
         a["stride_be"], row = bias.stride()
@@ -154,7 +159,7 @@ def weight_operands(
         a["stride_wup"] = (apart.data_ptr() - w.data_ptr()) // w.element_size()
     if apart_bias is not None and bias is not None:
         a["stride_bup"] = (apart_bias.data_ptr() - bias.data_ptr()) // bias.element_size()
-    a["N"], a["K"], a["E"] = rows, w.shape[2] * (1 if scale is None else 2), w.shape[0]
+    a["N"], a["K"], a["E"] = rows, w.shape[2] * (1 if scale is None else 4), w.shape[0]
     a["GATED"] = split
     a["JOINED"] = split and interleaved and scale is None and row == 1
     return a
@@ -164,9 +169,12 @@ def expert_launch(
     x: Tensor, out: Tensor, weight: dict[str, Any], tiles: ExpertTiles, *, source: int, blocks: int, rows: int,
     ids: Tensor | None = None, order: Tensor | None = None, table: Tensor | None = None,
     row_weights: Tensor | None = None, top_k: int = 1, gather: bool = False, scatter: bool = False,
-    activation: int = 0, alpha: float = 0.0, limit: float | None = None,
+    activation: int = 0, alpha: float = 0.0, limit: float | None = None, planes: bool = False, pdl: bool = False,
 ) -> tuple[dict[str, Any], tuple[int]]:  # fmt: skip
-    """The expert kernel's arguments by name, and its grid. blocks: tiles of rows that the grid has room for."""
+    """The expert kernel's arguments by name, and its grid. blocks: tiles of rows that the grid has room for.
+
+    planes: write in planes; packed weights take x in planes.
+    """
     tiles_n = -(-weight["N"] // tiles.block_n)
     a = dict(weight, x=x, out=out, ids=ids, order=order, table=table, row_weights=row_weights, M=rows)
     a["stride_xm"], a["stride_xk"] = x.stride()
@@ -176,38 +184,48 @@ def expert_launch(
     a |= dict(tiles_n=tiles_n, alpha=float(alpha), limit=None if limit is None else float(limit))
     a |= dict(SOURCE=source, TOPK=top_k, GATHER=gather, SCATTER=scatter, ACTIVATION=activation)
     a |= dict(SWAP=tiles.swap and not weight["JOINED"], IEEE=x.dtype == torch.float32, STAGES=tiles.num_stages)
-    if tiles.block_k % 128:
-        a["ALIGNED"] = False
-    if a["ALIGNED"]:
-        a |= {name: a[name] // 4 for name in ("stride_se", "stride_sn", "stride_sup")}
-    a |= dict(BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k)
+    a |= dict(TO_PLANES=planes, PDL=pdl, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k)
     a |= dict(EVEN_N=weight["N"] % tiles.block_n == 0, EVEN_K=weight["K"] % tiles.block_k == 0)
     return a, (blocks * tiles_n,)
 
 
-def order_launch(ids: Tensor, experts: int, block_m: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Storage of the order and of the table of tiles, and the ordering kernel's arguments; its grid is (experts,)."""
+def order_launch(
+    ids: Tensor, experts: int, block_m: int, x: Tensor | None = None, pdl: bool = False
+) -> tuple[dict[str, Any], tuple[int]]:
+    """The ordering kernel's arguments by name, with the storage of its results, and its grid.
+
+    x: ``[T, D]``, also to be written in planes.
+    """
     pairs = ids.numel()
-    order = torch.empty(pairs, dtype=torch.int32, device=ids.device)
-    table = torch.empty((pairs // block_m + experts, 3), dtype=torch.int32, device=ids.device)
-    a: dict[str, Any] = dict(ids=ids, order=order, table=table, pairs=pairs, E=experts, TOPK=ids.shape[1])
+    a: dict[str, Any] = dict(ids=ids, pairs=pairs, E=experts, TOPK=ids.shape[1], x=x, BLOCK_M=block_m, PDL=pdl)
+    a["order"] = torch.empty(pairs, dtype=torch.int32, device=ids.device)
+    a["table"] = torch.empty((pairs // block_m + experts, 3), dtype=torch.int32, device=ids.device)
+    a["x_planes"] = None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     a["stride_it"], a["stride_ij"] = ids.stride()
-    return order, table, a | dict(BLOCK_M=block_m, BLOCK=ORDER_BLOCK)
+    a["stride_xm"], a["stride_xk"] = (None, None) if x is None else x.stride()
+    a |= dict(Q=None if x is None else x.shape[1] // 4)
+    a["BLOCK"] = min(max(256, 1 << (pairs - 1).bit_length()), ORDER_BLOCK)
+    return a, (experts + (0 if x is None else x.shape[0]),)
+
+
+def order_warps(block: int) -> int:
+    """Warps of the ordering kernel: 8 ids a thread at most."""
+    return max(4, block // 256)
 
 
 def combine_launch(
-    y: Tensor, ids: Tensor, weights: Tensor, out: Tensor, experts: int, weighted: bool
+    y: Tensor, ids: Tensor, weights: Tensor, out: Tensor, experts: int, weighted: bool, pdl: bool = False
 ) -> tuple[dict[str, Any], tuple[int, int]]:
     """The combining kernel's arguments by name, and its grid."""
     (T, D), top_k = out.shape, ids.shape[1]
     a: dict[str, Any] = dict(y=y, ids=ids, weights=weights, out=out, T=T, D=D, E=experts, TOPK=top_k)
     a["stride_it"], a["stride_ij"] = ids.stride()
     a["stride_rt"], a["stride_rj"] = weights.stride()
-    return a | dict(WEIGHTED=weighted, BLOCK=COMBINE_BLOCK), (T, -(-D // COMBINE_BLOCK))
+    return a | dict(WEIGHTED=weighted, BLOCK=COMBINE_BLOCK, PDL=pdl), (T, -(-D // COMBINE_BLOCK))
 
 
 def run_experts(
-    plan: Plan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor,
+    plan: Plan | PairPlan, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor,
     w13_bias: Tensor | None = None, w2_bias: Tensor | None = None, w13_scale: Tensor | None = None,
     w2_scale: Tensor | None = None, format: str = "bf16", layout: str = "enk", interleaved: bool = False,
     activation: str = "silu", gated: bool = True, alpha: float = 1.702, limit: float | None = None,
@@ -225,34 +243,36 @@ def run_experts(
         w13, w2, w3 = w13.mT, w2.mT, None if w3 is None else w3.mT
     first = weight_operands(w13, w13_scale, w13_bias, gated, interleaved, w3, w3_bias)
     second = weight_operands(w2, w2_scale, w2_bias)
-    experts, pairs = first["E"], T * top_k
+    experts, pairs, packed, pdl = first["E"], T * top_k, w13_scale is not None, launches_early(x)
     if not pairs or not D:
         return out.zero_()
+    between: dict[str, Any] = dict(activation=ACTIVATION_CODES[activation], alpha=alpha, limit=limit)
+    between["row_weights"] = topk_weights if weight_on == "input" else None
+    if isinstance(plan, PairPlan):
+        weights = topk_weights if weight_on == "output" else None
+        return run_pairs(plan.gate_up, plan.down, x, topk_ids, weights, first, second, out, between, pdl)
+    assert plan.sort or not packed, "MXFP4 experts are read pair by pair under a PairPlan"
     h = x.new_empty((pairs, first["N"]))
     y = x.new_empty((pairs, D))
-    order = table = None
-    source, blocks = PAIRS, pairs
+    tiling: dict[str, Any] = dict(source=PAIRS, blocks=pairs, ids=topk_ids)
     with device_guard(x):
         if plan.sort:
-            order, table, arguments = order_launch(topk_ids, experts, plan.gate_up.block_m)
-            source, blocks = TABLE, table.shape[0]
-            order_kernel[(experts,)](**arguments, num_warps=4)
-        tiling: dict[str, Any] = dict(source=source, blocks=blocks, rows=pairs, order=order, table=table)
-        tiling |= dict(ids=None if plan.sort else topk_ids)
-        _start(
-            expert_kernel, plan.gate_up, x, h, first, **tiling, top_k=top_k, gather=True,
-            row_weights=topk_weights if weight_on == "input" else None,
-            activation=ACTIVATION_CODES[activation], alpha=alpha, limit=limit,
-        )  # fmt: skip
-        _start(expert_kernel, plan.down, h, y, second, **tiling, top_k=top_k, scatter=True)
-        arguments, grid = combine_launch(y, topk_ids, topk_weights, out, experts, weight_on == "output")
-        combine_kernel[grid](**arguments, num_warps=4)
+            sorting, grid = order_launch(topk_ids, experts, plan.gate_up.block_m, x if packed else None, pdl)
+            order_kernel[grid](**sorting, num_warps=order_warps(sorting["BLOCK"]), launch_pdl=pdl)
+            tiling = dict(source=TABLE, blocks=len(sorting["table"]), order=sorting["order"], table=sorting["table"])
+            x = sorting["x_planes"] if packed else x
+        tiling |= dict(rows=pairs, top_k=top_k, pdl=pdl)
+        _start(expert_kernel, plan.gate_up, x, h, first, **tiling, **between, gather=True, planes=packed)
+        _start(expert_kernel, plan.down, h, y, second, **tiling, scatter=True)
+        arguments, grid_2 = combine_launch(y, topk_ids, topk_weights, out, experts, weight_on == "output", pdl)
+        combine_kernel[grid_2](**arguments, num_warps=4, launch_pdl=pdl)
     return out
 
 
 def _start(kernel: Any, tiles: ExpertTiles, x: Tensor, out: Tensor, weight: dict[str, Any], **rest: Any) -> None:
     arguments, grid = expert_launch(x, out, weight, tiles, **rest)
-    kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    pdl = arguments["PDL"]
+    kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=pdl)
 
 
 def moe_experts(

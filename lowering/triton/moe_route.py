@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...registry import Call
-from .arguments import DTYPES, device_guard, triton_missing
+from .arguments import DTYPES, device_guard, launches_early, triton_missing
 from .experts import FAMILIES, MAX_TOP_K
 
 MAX_EXPERTS = 4096
@@ -39,7 +39,7 @@ def route_refusal(call: Call, arch: Arch) -> str | None:
 def route_launch(
     logits: Tensor, top_k: int, correction_bias: Tensor | None = None, score: str = "softmax", n_group: int = 1,
     topk_group: int = 1, group_score: str = "top2_sum", renormalise: bool = False, scaling: float = 1.0,
-    eps: float = 1e-20, out_dtype: torch.dtype | None = None,
+    eps: float = 1e-20, out_dtype: torch.dtype | None = None, pdl: bool = False,
 ) -> tuple[dict[str, Any], int]:  # fmt: skip
     """The kernel's arguments by name (with the storage of ids and weights), and its warps; the grid is (T,)."""
     T, E = logits.shape
@@ -52,7 +52,7 @@ def route_launch(
     a["stride_t"], a["stride_e"] = logits.stride()
     a["stride_b"] = None if correction_bias is None else correction_bias.stride(0)
     a |= dict(TOPK=top_k, GROUPS=n_group, SIZE=size, TOPK_GROUP=topk_group, TOP2=group_score == "top2_sum")
-    a |= dict(SCORE=SCORE_CODES[score], RENORMALISE=bool(renormalise))
+    a |= dict(SCORE=SCORE_CODES[score], RENORMALISE=bool(renormalise), PDL=pdl)
     a |= {f"{name}_PAD": 1 << (a[name] - 1).bit_length() for name in ("TOPK", "GROUPS", "SIZE")}
     return a, 1 if a["GROUPS_PAD"] * a["SIZE_PAD"] <= 512 else 4
 
@@ -73,8 +73,9 @@ def moe_route(
     from .route_kernel import route_kernel
 
     arguments, warps = route_launch(
-        logits, top_k, correction_bias, score, n_group, topk_group, group_score, renormalise, scaling, eps, out_dtype
-    )
+        logits, top_k, correction_bias, score, n_group, topk_group, group_score, renormalise, scaling, eps, out_dtype,
+        launches_early(logits),
+    )  # fmt: skip
     if logits.shape[0]:
         with device_guard(logits):
             route_kernel[(logits.shape[0],)](**arguments, num_warps=warps)

@@ -1,6 +1,8 @@
-"""`sm12x::mxfp4_linear` in Triton: the expert kernel with a single expert."""
+"""`sm12x::mxfp4_linear` in Triton: the kernels of the experts, with a single one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +10,11 @@ from torch import Tensor
 from ...arch import Arch
 from ...registry import Call
 from .arguments import DTYPES, card_of, device_guard
-from .expert_tiles import ExpertTiles, block_rows, expert_tiles
+from .expert_pairs import start_pairs
+from .expert_tiles import ExpertTiles, PairTiles, linear_tiles
 from .experts import SINGLE, expert_launch, packed_refusal, weight_operands, weight_refusal
+
+PLANES_BLOCK = 512
 
 
 def linear_refusal(call: Call, arch: Arch) -> str | None:
@@ -37,16 +42,17 @@ def mxfp4_linear(
         ValueError: x and the weight do not fit, or the format is not ``mxfp4``.
     """
     rows = x.numel() // max(1, x.shape[-1])
-    tiles = expert_tiles(card_of(x), block_rows(rows, uneven=False), x.dtype, True, False)
+    tiles = linear_tiles(card_of(x), rows, x.dtype)
     return run_linear(tiles, x, weight, scales, bias, format, global_scale, out_dtype)
 
 
 def run_linear(
-    tiles: ExpertTiles, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None, format: str = "mxfp4",
-    global_scale: Tensor | None = None, out_dtype: torch.dtype | None = None,
+    tiles: ExpertTiles | PairTiles, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None = None,
+    format: str = "mxfp4", global_scale: Tensor | None = None, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """`mxfp4_linear` with the tiles given."""
     from .expert_kernel import expert_kernel
+    from .order_kernel import planes_kernel
 
     if format != "mxfp4" or global_scale is not None:
         raise ValueError(f"sm12x::mxfp4_linear: this kernel dequantises MXFP4, not {format}")
@@ -60,8 +66,18 @@ def run_linear(
         return out
     flat, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, weight.shape[0])
     operands = weight_operands(weight[None], scales[None], None if bias is None else bias[None])
-    blocks = -(-flat.shape[0] // tiles.block_m)
-    a, grid = expert_launch(flat, flat_out, operands, tiles, source=SINGLE, blocks=blocks, rows=flat.shape[0])
     with device_guard(x):
+        if isinstance(tiles, PairTiles):
+            start_pairs(tiles, flat, flat_out, operands)
+            return out
+        rows = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        planes_kernel[(flat.shape[0],)](**planes_arguments(flat, rows), num_warps=4)
+        blocks = -(-flat.shape[0] // tiles.block_m)
+        a, grid = expert_launch(rows, flat_out, operands, tiles, source=SINGLE, blocks=blocks, rows=flat.shape[0])
         expert_kernel[grid](**a, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     return out
+
+
+def planes_arguments(x: Tensor, out: Tensor) -> dict[str, Any]:
+    """The arguments of `planes_kernel` by name; its grid is (rows,)."""
+    return dict(x=x, out=out, stride_xm=x.stride(0), stride_xk=x.stride(1), Q=x.shape[1] // 4, BLOCK=PLANES_BLOCK)

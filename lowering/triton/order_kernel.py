@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .mxfp4_parts import to_planes
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def order_kernel(
-    ids, order, table, stride_it, stride_ij, pairs,
-    E: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    ids, order, table, x, x_planes, stride_it, stride_ij, stride_xm, stride_xk, pairs, Q,
+    E: tl.constexpr, TOPK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (E,): every program reads all ids and places the pairs of its own expert.
+    """Grid (E,), or (E + T,) if there is x: every program reads all ids and places the pairs of its own expert.
+
+    x: None, or ``[T, 4 Q]``; programs from E on write its rows in planes, for MXFP4 weights.
 
     order: int32 ``[pairs]``: the pairs, sorted by expert and then by number; pairs without an expert are left out.
     table: int32 ``[pairs // BLOCK_M + E, 3]``: expert (-1: no tile), first position and number of rows of each tile.
@@ -19,7 +24,15 @@ def order_kernel(
     With `first` pairs on smaller experts, expert e's tiles begin at first // BLOCK_M + e. That leaves room enough,
     since rounding up over several experts adds at most one tile each, and needs no other expert's count.
     """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     e = tl.program_id(0)
+    if x is not None:  # noqa: SIM102 (decided while compiling)
+        if e >= E:
+            t = (e - E).to(tl.int64)
+            to_planes(x + t * stride_xm, x_planes + t * 4 * Q, stride_xk, Q, 512)
+            return
     at = tl.arange(0, BLOCK)
     smaller = tl.zeros((BLOCK,), tl.int32)
     equal = tl.zeros((BLOCK,), tl.int32)
@@ -53,3 +66,10 @@ def order_kernel(
             here = (mine == e).to(tl.int32)
             tl.store(order + position + tl.cumsum(here, 0) - 1, pair, mask=here != 0)
             position += tl.sum(here, 0)
+
+
+@triton.jit
+def planes_kernel(x, out, stride_xm, stride_xk, Q, BLOCK: tl.constexpr):
+    """Grid (rows,): x ``[rows, 4 Q]`` in planes, out contiguous."""
+    row = tl.program_id(0).to(tl.int64)
+    to_planes(x + row * stride_xm, out + row * 4 * Q, stride_xk, Q, BLOCK)

@@ -7,20 +7,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sm12x_compile.lowering.triton.expert_parts import dequantise
+from sm12x_compile.lowering.triton.mxfp4_parts import load_scales, multipliers, planes, selectors
 
 
 @triton.jit
-def dequantise_kernel(packed, codes, out, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    byte, column = tl.arange(0, 64), tl.arange(0, 128)
-    code = tl.load(codes + row[:, None] * 4 + tl.arange(0, 4)[None, :]).to(tl.int32)
-    tile = dequantise(tl.load(packed + row[:, None] * 64 + byte[None, :]), code, ROWS, 128, WIDE)
-    tl.store(out + row[:, None] * 128 + column[None, :], tile)
+def dequantise_kernel(packed, scale, out, first, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    q, block = tl.arange(0, 32), tl.arange(0, 4)
+    at = first + row[:, None] * 4 + block[None, :]
+    words = tl.load(packed + row[:, None] * 32 + q[None, :])
+    w0, w1, w2, w3 = planes(
+        words, multipliers(load_scales(scale, at, at >= 0), selectors(scale, at), WIDE), ROWS, 32, WIDE
+    )  # fmt: skip
+    at = out + row[:, None] * 128 + 4 * q[None, :]
+    tl.store(at, w0)
+    tl.store(at + 1, w1)
+    tl.store(at + 2, w2)
+    tl.store(at + 3, w3)
 
 
-def dequantised(packed: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[N, 64]`` bytes with ``[N, 4]`` scales, N a multiple of 32."""
+def dequantised(packed: Tensor, codes: Tensor, dtype: torch.dtype, first: int | None) -> Tensor:
+    """``[N, 64]`` bytes with ``[N, 4]`` scales, N a multiple of 32.
+
+    first: the scales begin so many bytes after a word does; None: they are read byte by byte.
+    """
     out = torch.empty(packed.shape[0], 128, dtype=dtype, device=packed.device)
-    dequantise_kernel[(packed.shape[0] // 32,)](packed, codes, out, ROWS=32, WIDE=dtype == torch.float32)
+    if first is not None:
+        room = torch.zeros(4, dtype=torch.uint8, device=packed.device)
+        codes = torch.cat([room[:first], codes.flatten(), room[first:]]).view(torch.int32)
+    grid = (packed.shape[0] // 32,)
+    dequantise_kernel[grid](packed.view(torch.int16), codes, out, first or 0, ROWS=32, WIDE=dtype == torch.float32)
     return out

@@ -10,6 +10,7 @@ import importlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 
 from sm12x_compile.arch import by_name, of_device
-from sm12x_compile.lowering.triton.expert_tiles import ExpertTiles, Plan, expert_plan, expert_tiles
+from sm12x_compile.lowering.triton.expert_tiles import ExpertTiles, PairPlan, PairTiles, Plan, expert_plan, expert_tiles
 from sm12x_compile.ops.moe import moe
 from sm12x_compile.ops.mxfp4 import dequantize_fp4, mxfp4_linear
 
+from .order_calls import said, tiles_of
 from .test_triton_numerics import BOUND, run  # noqa: F401 (the fixture)
 
 EXPERTS = "sm12x_compile.lowering.triton.experts"
@@ -161,10 +163,13 @@ def assert_close(out: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert error <= BOUND[dtype] * size, f"relative error {error / size:.1e}"
 
 
-def variants(case: Case, device: str) -> list[tuple[torch.dtype, Plan]]:
+def variants(case: Case, device: str) -> list[tuple[torch.dtype, Plan | PairPlan]]:
     """Small tiles, so that small sizes have edges; on a GPU those that it and an RTX 5090 would choose, in turn."""
     if device == "cpu":
         wide = replace(SMALL, block_n=32, block_k=128, swap=True)
+        if case.packed:
+            pairs = PairPlan(PairTiles(4, 32, 4, 2), PairTiles(16, 64, 4, 2))
+            return [(torch.float32, plan) for plan in (Plan(True, replace(SMALL, block_k=128), wide), pairs)]
         return [(torch.float32, plan) for plan in (Plan(True, SMALL, SMALL), Plan(False, SMALL, wide))]
     made, rows = [], (16, 32, 64, 128)[EVERY.index(case) % 4 if case in EVERY else 0]
     for card in (of_device(0), by_name("rtx5090")):
@@ -210,8 +215,8 @@ def test_a_nan_scale_reaches_the_result(run: Runner) -> None:  # noqa: F811
     attributes["w2_scale"][3, 5, 0] = 255
     wanted = expected(operands, attributes)
     assert wanted.isnan().any() and not wanted.isnan().all()
-    out = run(EXPERTS, "run_experts", Plan(True, SMALL, SMALL), *operands, **attributes)
-    assert_close(out, wanted, torch.float32)
+    for _, plan in variants(Case("", packed=True), "cpu"):
+        assert_close(run(EXPERTS, "run_experts", plan, *operands, **attributes), wanted, torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(1,), (2, 9), (0,)], ids=str)
@@ -221,7 +226,7 @@ def test_mxfp4_linear(shape: tuple[int, ...], N: int, K: int, run: Runner) -> No
     g = torch.Generator().manual_seed(N + K)
     weight = torch.randint(256, (N, K // 2), generator=g).to(device, torch.uint8)
     scale, bias = scales(g, N, K).to(device), torch.randn(N, generator=g).to(device)
-    tiles = [SMALL]
+    tiles: list[Any] = [replace(SMALL, block_k=128), PairTiles(4, 64, 4, 2)]
     if device == "cuda":
         for card in (of_device(0), by_name("rtx5090")):
             tiles += [expert_tiles(card, rows, torch.bfloat16, True, False) for rows in (16, 128)]
@@ -235,6 +240,17 @@ def test_mxfp4_linear(shape: tuple[int, ...], N: int, K: int, run: Runner) -> No
     assert_close(run(LINEAR, "mxfp4_linear", x, weight, scale, bias), wanted, dtype)
 
 
+@pytest.mark.parametrize("routing", ["random", "one expert", "some outside"])
+def test_pairs_in_order(routing: str, run: Runner) -> None:  # noqa: F811
+    """Several blocks of pairs, several tiles an expert, and x in planes."""
+    device = run.device  # type: ignore[attr-defined]
+    (x, ids, *_), _ = inputs(Case("order", T=300, K=3, E=7, D=32, I=8, routing=routing), torch.float32, device)
+    module = "tests.lowering.order_calls" if device == "cpu" else f"{__package__}.order_calls"
+    order, table, planes = run(module, "ordered", ids, 7, 16, 256, x)
+    assert said(order, table) == tiles_of(ids, 7, 16)
+    assert torch.equal(planes, x.view(300, 8, 4).mT)
+
+
 def every_byte_under_every_scale(device: str) -> tuple[Tensor, Tensor, Tensor]:
     each = torch.arange(256, device=device).to(torch.uint8)
     packed = each[None, :].expand(256, 256).reshape(-1, 64).contiguous()
@@ -246,62 +262,83 @@ def test_dequantisation_is_exact(run: Runner) -> None:  # noqa: F811
     """In bf16 too: its exponents are those of fp32, and two bits of mantissa are enough."""
     device = run.device  # type: ignore[attr-defined]
     packed, codes, wanted = every_byte_under_every_scale(device)
-    for dtype in [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]:
-        module = "tests.lowering.dequantise_kernel" if device == "cpu" else f"{__package__}.dequantise_kernel"
-        out = run(module, "dequantised", packed, codes, dtype).float()
+    module = "tests.lowering.dequantise_kernel" if device == "cpu" else f"{__package__}.dequantise_kernel"
+    dtypes = [torch.float32] if device == "cpu" else [torch.float32, torch.bfloat16]
+    for dtype, first in product(dtypes, (None, 0, 1, 2, 3)):
+        out = run(module, "dequantised", packed, codes, dtype, first).float()
         assert torch.equal(out.isnan(), wanted.isnan())
         number = ~wanted.isnan()
         assert torch.equal(out.view(torch.int32)[number], wanted.view(torch.int32)[number])
 
 
 def test_the_unpacking_instructions() -> None:
-    """The inline assembly, which the interpreter cannot run, executed here on all 256 bytes."""
+    """The inline assembly, which the interpreter cannot run, executed here on all bytes and scales."""
     pytest.importorskip("triton")
-    from sm12x_compile.lowering.triton.expert_parts import UNPACK_E2M1
+    from sm12x_compile.lowering.triton.mxfp4_parts import EXPAND_E8M0, UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3
 
-    for byte in range(256):
-        word = byte | (byte ^ 0x5A) << 8 | (255 - byte) << 16 | (byte ^ 0x0F) << 24
-        made = execute(UNPACK_E2M1.value, word)
-        for position in range(4):
-            nibbles = (word >> (8 * position)) & 255
-            for half, code in ((0, nibbles & 15), (16, nibbles >> 4)):
-                bits = torch.tensor([((made[position] >> half) & 0xFFFF) << 16], dtype=torch.int64).to(torch.int32)
-                value = bits.view(torch.float32) * 2.0**126
-                packed, one = torch.tensor([[code]] * 1, dtype=torch.uint8).expand(1, 16), torch.tensor([[127]])
-                wanted = dequantize_fp4("test", packed.contiguous(), one.to(torch.uint8), "mxfp4")[0, 0]
-                assert torch.equal(value[0], wanted) and value[0].signbit() == wanted.signbit()
+    bytes_ = torch.arange(256)
+    other = torch.stack([bytes_.flip(0), bytes_ ^ 0x5A, bytes_ ^ 0x0F])
+    words = (bytes_ | other[0] << 8 | other[1] << 16 | other[2] << 24)[:, None]
+    code, shift = bytes_[None], 8 * (bytes_[None] % 4)
+    (scale,) = execute(
+        EXPAND_E8M0.value, [code << shift | 0x5A5A5A5A & ~(255 << shift), 0x4040 + 0x0101 * shift // 8], 1
+    )
+    made = [execute(u.value, [words, scale, scale], 1)[0] for u in (UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3)]
+    packed = words.to(torch.int32).view(torch.uint8).view(256, 4).repeat(1, 4)  # 32 numbers, the first 8 four times
+    for s in range(256):
+        wanted = dequantize_fp4("test", packed, torch.full((256, 1), s, dtype=torch.uint8), "mxfp4")[:, :8]
+        for k in range(8):
+            bits = ((made[k % 4][:, s] >> (16 * (k // 4))) & 0xFFFF) << 16
+            assert equal_bits(bits.to(torch.int32).view(torch.float32), wanted[:, k].float()), (s, k)
 
 
-def execute(assembly: str, word: int) -> dict[int, int]:
-    """Run straight-line PTX of the few instructions used; operand $4 is the input."""
-    held: dict[str, int] = {"$4": word}
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    """The same numbers, signs of zeros included, and NaN in the same places."""
+    number = ~b.isnan()
+    return torch.equal(a.isnan(), ~number) and torch.equal(a.view(torch.int32)[number], b.view(torch.int32)[number])
 
-    def read(name: str) -> int:
-        return held[name] if name in held else int(name, 0)
 
+def execute(assembly: str, inputs: list[Any], outputs: int) -> list[Tensor]:
+    """Run straight-line PTX of the few instructions used, on int64 tensors of 32-bit patterns, elementwise."""
+    held: dict[str, Any] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+
+    def halves(bits: Tensor) -> list[Tensor]:
+        return [(((bits >> at) & 0xFFFF) << 16).to(torch.int32).view(torch.float32) for at in (0, 16)]
+
+    def pair(values: list[Tensor]) -> Tensor:
+        low, high = (v.bfloat16().view(torch.int16).long() & 0xFFFF for v in values)
+        return low | high << 16
+
+    def prmt(a: Tensor, b: Tensor, selector: Tensor) -> Tensor:
+        assert not (selector & 0x8888).any(), "no sign replication here"
+        picked = [(selector >> (4 * i)) & 7 for i in range(4)]
+        parts = [torch.where(p < 4, a >> (8 * p), b >> (8 * (p - 4))) & 255 for p in picked]
+        return parts[0] | parts[1] << 8 | parts[2] << 16 | parts[3] << 24
+
+    perform: dict[str, Callable[..., Tensor]] = {
+        "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "mul.lo.u32": lambda a, b: a * b, "prmt.b32": prmt,
+        "shr.u32": lambda a, b: a >> b, "shl.b32": lambda a, b: a << b,
+        "max.bf16x2": lambda a, b: pair([torch.fmax(*v) for v in zip(halves(a), halves(b), strict=True)]),
+        "fma.rn.bf16x2": lambda a, b, c: pair(
+            [(x.double() * y.double() + z.double()).float()
+             for x, y, z in zip(halves(a), halves(b), halves(c), strict=True)]
+        ),
+    }  # fmt: skip
     for line in assembly.split(";"):
         words = line.replace("{", " ").replace("}", " ").split(None, 1)
         if len(words) < 2 or words[0] == ".reg":
             continue
         target, *given = (o.strip() for o in words[1].split(","))
-        a, b = read(given[0]), read(given[1])
-        if words[0] == "prmt.b32":
-            both = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
-            selector = read(given[2])
-            assert not selector & 0x8888, "no sign replication here"
-            result = sum(both[(selector >> (4 * i)) & 7] << (8 * i) for i in range(4))
-        else:
-            result = {
-                "and.b32": a & b, "or.b32": a | b, "mul.lo.u32": a * b, "shr.u32": a >> b,
-            }[words[0]]  # fmt: skip
-        held[target] = result & 0xFFFFFFFF
-    return {i: held[f"${i}"] for i in range(4)}
+        values = [held[name] if name in held else torch.tensor(int(name, 0)) for name in given]
+        held[target] = perform[words[0]](*values) & 0xFFFFFFFF
+    return [held[f"${i}"] for i in range(outputs)]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "mxfp4"])
-@pytest.mark.parametrize("T", [1, 16, 257])
+@pytest.mark.parametrize("T", [1, 2, 16, 257, 4096])
 def test_one_graph_under_many_routings(T: int, packed: bool) -> None:
+    """All tokens to one expert, experts without tokens, ids outside: equal to eager and to the reference."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     moe_experts = importlib.import_module(EXPERTS).moe_experts

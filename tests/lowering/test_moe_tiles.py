@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from sm12x_compile.arch import CARDS, Arch, by_name
 from sm12x_compile.lowering.moe_kernels import _accepts_decode, _accepts_grouped, _accepts_linear, _accepts_route
-from sm12x_compile.lowering.triton.expert_tiles import block_rows, expert_plan, expert_tiles, reads_singly
+from sm12x_compile.lowering.triton.expert_tiles import (
+    PairPlan,
+    PairTiles,
+    block_rows,
+    expert_plan,
+    expert_tiles,
+    reads_singly,
+)
 from sm12x_compile.lowering.triton.launches import meta
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Call, Verdict
@@ -26,11 +33,14 @@ ROWS = (16, 32, 64, 128)
 @pytest.mark.parametrize(
     ("card", "kernel", "case"),
     [
-        ("sm121", "moe_experts", "mxfp4, rows of words, bfloat16, gate and up, 128 rows, sorted"),
-        ("sm120", "moe_experts", "mxfp4, rows of words, bfloat16, down, 16 rows"),
+        ("sm121", "moe_packed", "rows of words, bfloat16, gate and up, 32 rows"),
+        ("sm120", "moe_packed", "gpt-oss, bfloat16, down, 16 rows"),
+        ("sm120", "moe_packed", "gpt-oss, bfloat16, gate and up, pairs"),
+        ("sm121", "moe_packed", "rows of words, bfloat16, down, sum of pairs"),
+        ("sm120", "moe_packed", "scales in bytes, bfloat16, down, 16 rows, alone"),
         ("sm120", "moe_experts", "enk, bfloat16, gate and up, 16 rows"),
         ("sm121", "moe_experts", "enk, bfloat16, down, 128 rows, sorted"),
-        ("sm120", "moe_order_and_route", "4096 tokens, 8 of 128"),
+        ("sm120", "moe_order_and_route", "4096 tokens, 8 of 128, with planes"),
         ("sm121", "moe_order_and_route", "8 of 256, sigmoid"),
     ],
 )
@@ -51,14 +61,25 @@ def test_at_most_40_configurations() -> None:
 def test_plans(card: Arch, tokens: int, top_k: int, experts: int, size: int, packed: bool) -> None:
     for dtype in (BF16, FP32):
         plan = expert_plan(card, tokens, top_k, experts, dtype, packed, size)
+        if isinstance(plan, PairPlan):
+            assert packed and tokens <= 8
+            continue
+        assert plan.sort or (tokens <= 8 and not packed)
         assert plan.gate_up.block_m == plan.down.block_m, "both products share one table of tiles"
-        assert plan.sort or tokens <= 8
+        assert not packed or plan.gate_up.block_k % 128 == 0, "whole words of scales"
+
+
+def test_blocks_of_words_leave_few_idle() -> None:
+    tiles = PairTiles(8, 512, 4, 2)
+    assert [tiles.block_q(words) for words in (8, 192, 512, 720, 3584)] == [128, 256, 512, 256, 512]
 
 
 def test_pairs_are_sorted_where_experts_would_be_read_twice() -> None:
     h200, small, large = by_name("h200"), 9.4e6, 49.8e6  # 3 * 768 * 2048 and 3 * 2880 * 2880 numbers in bf16
     assert reads_singly(h200, 1, 4, 32, large) and reads_singly(h200, 4, 8, 128, small)
     assert not reads_singly(h200, 16, 8, 128, small) and not reads_singly(h200, 4, 4, 32, large)
+    assert reads_singly(h200, 2, 8, 128, small / 4, packed=True)
+    assert not reads_singly(h200, 4, 8, 128, small / 4, packed=True)
 
 
 def test_block_rows_grow_with_the_rows_of_an_expert() -> None:
