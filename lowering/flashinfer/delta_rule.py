@@ -1,7 +1,8 @@
 """`sm12x::gated_delta_rule` by FlashInfer's chunked kernel (CuTe DSL).
 
 FlashInfer's ``g`` is the decay itself, not its logarithm, its state has keys last (``[N, H, V, K]``), and sequences are
-packed behind each other, with their bounds on the device.
+packed behind each other, with their bounds on the device. q and k are normalised here: its flag for that is accepted
+and ignored by release 0.6.18.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from . import installed
 FAMILIES = ("sm9x", "sm12x")  # gdn_prefill.py; its SM100 kernel needs tcgen05
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIM = 128
-EPS = 1e-6  # of the norm in the kernel
 
 
 def gdn_refusal(call: Call, arch: Arch) -> str | None:
@@ -34,8 +34,6 @@ def gdn_refusal(call: Call, arch: Arch) -> str | None:
         return f"FlashInfer's chunked delta rule needs q, k and v in fp16 or bf16 alike, not {names}"
     if (k.shape[3], v.shape[3]) != (HEAD_DIM, HEAD_DIM):
         return f"FlashInfer's chunked delta rule has head dims of {HEAD_DIM} alone, not {k.shape[3]} and {v.shape[3]}"
-    if call.qk_l2norm != "none" and abs(call.eps - EPS) > EPS / 100:
-        return f"the norm in FlashInfer's kernel has an epsilon of {EPS}, not {call.eps}"
     if call.cu_seqlens is not None and call.cu_seqlens.dtype not in (torch.int32, torch.int64):
         return f"cu_seqlens must be int32 or int64, not {dtype_name(call.cu_seqlens.dtype)}"
     if call.out_dtype not in (None, *DTYPES, torch.float32):
@@ -52,8 +50,9 @@ def gdn_chunked(
     B, T, H, V = v.shape
     if not v.numel():
         return op.reference(q, k, v, g, beta, scale, initial_state, qk_l2norm, eps, cu_seqlens, out_dtype)
-    packed = (x.reshape(B * T, x.shape[2], x.shape[3]).contiguous() for x in (q, k, v))
-    rows, keys, values = packed
+    if qk_l2norm != "none":
+        q, k = (_unit_length(x, eps) for x in (q, k))
+    rows, keys, values = (x.reshape(B * T, x.shape[2], x.shape[3]).contiguous() for x in (q, k, v))
     if cu_seqlens is None:
         cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=v.device) * T
     state = v.new_empty((cu_seqlens.shape[0] - 1, H, V, k.shape[3]), dtype=torch.float32)
@@ -68,11 +67,15 @@ def gdn_chunked(
         initial_state=None if initial_state is None else keys_last(initial_state.float()),
         output_final_state=True,
         cu_seqlens=cu_seqlens,
-        use_qk_l2norm_in_kernel=qk_l2norm != "none",
         output=out,
         output_state=state,
     )
     return out.view(v.shape).to(out_dtype or v.dtype), keys_last(state)
+
+
+def _unit_length(x: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return (wide * torch.rsqrt((wide * wide).sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def keys_last(state: Tensor) -> Tensor:

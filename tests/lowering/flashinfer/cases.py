@@ -117,7 +117,12 @@ CASES = [
     Case(f"{kernel.split('.')[1]}: {name}", op, kernel, make)
     for op, kernel, name, make in [
         ("attention", _XQA, "static cache", attention(causal=True, q_offset=_at(40))),
-        ("attention", _XQA, "each row has a position", attention(causal=True, q_offset=_at(3, 60), layout=tokens_first)),
+        (
+            "attention",
+            _XQA,
+            "each row has a position",
+            attention(causal=True, q_offset=_at(3, 60), layout=tokens_first),
+        ),
         ("attention", _XQA, "length", attention(kv_len=_at(17, 64), T=80, dtype=half)),
         ("attention", _XQA, "a row without keys", attention(kv_len=_at(0, 5), T=32)),
         ("attention", _XQA, "a row without keys is NaN", attention(kv_len=_at(0, 5), T=32, empty_rows="nan")),

@@ -155,17 +155,14 @@ def xqa_batch_decode_with_kv_cache_mla(
 
 def chunk_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None,
-    output_final_state: bool, cu_seqlens: Tensor, use_qk_l2norm_in_kernel: bool, output: Tensor, output_state: Tensor,
+    output_final_state: bool, cu_seqlens: Tensor, output: Tensor, output_state: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``g`` is the decay itself, and states have the keys last."""
     assert all(t.is_contiguous() for t in (q, k, v, g, beta, output, output_state)) and output_final_state
     assert g.dtype == beta.dtype == torch.float32 and q.shape[2] == v.shape[2] == 128
     group = v.shape[1] // k.shape[1]
     bounds = cu_seqlens.tolist()
-    queries, keys = q.double(), k.double()
-    if use_qk_l2norm_in_kernel:
-        queries, keys = (x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (queries, keys))
-    queries, keys = (x.repeat_interleave(group, 1) for x in (queries, keys))
+    queries, keys = (x.double().repeat_interleave(group, 1) for x in (q, k))
     for n, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
         state = torch.zeros(output_state.shape[1:]).double() if initial_state is None else initial_state[n].double()
         for t in range(first, last):
