@@ -1,7 +1,7 @@
 """What FlashInfer's documentation says that its entry points compute, in plain PyTorch on a CPU, one row after another.
 
-They take the arguments that the adapters build, so they tell whether layouts, lengths and scales were converted rightly;
-`Bound` also holds every call against the signature of the installed package.
+They take the arguments that the adapters build, so they tell whether layouts, lengths and scales were converted
+rightly; `Bound` also holds every call against the signature of the installed package.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -163,7 +164,7 @@ def chunk_gated_delta_rule(
     group = v.shape[1] // k.shape[1]
     bounds = cu_seqlens.tolist()
     queries, keys = (x.double().repeat_interleave(group, 1) for x in (q, k))
-    for n, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (first, last) in enumerate(pairwise(bounds)):
         state = torch.zeros(output_state.shape[1:]).double() if initial_state is None else initial_state[n].double()
         for t in range(first, last):
             state = state * g[t].double()[:, None, None]
