@@ -30,6 +30,8 @@ def pages_apart(strides: tuple[int, ...], batches: Any, page: int) -> int | None
 
 def page_table(batches: Any, keys: int, page: int, apart: int, device: torch.device) -> Tensor:
     """int32 ``[B, T / P]``: the pages of every row, in order."""
+    if isinstance(batches, int) and (batches == 1 or apart == keys // page):
+        return torch.arange(batches * (keys // page), dtype=torch.int32, device=device).view(batches, -1)
     rows = torch.arange(batches, dtype=torch.int32, device=device)[:, None] * apart
     return rows + torch.arange(keys // page, dtype=torch.int32, device=device)
 
