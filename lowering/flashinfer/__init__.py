@@ -5,6 +5,7 @@
     flashinfer.mla_xqa   mla         one query of 128 heads over packed latents, SM12x
     flashinfer.mla_fa2   mla         absorbed latent attention of known length
     flashinfer.gdn       gated_delta_rule   whole sequences, head dims of 128
+    flashinfer.b12x_moe  moe         bf16 rows times MXFP4 experts with silu, SM12x
 
 Merit: they stand below our own kernels for the same calls. Where both run, on an H200, ours are as fast or faster
 (benchmarks/results/flashinfer-h200.json), and need no compiler on the user's machine; on SM12x nobody has timed either
@@ -14,8 +15,10 @@ here, so the race on the card decides. Where ours decline, FlashInfer's stand be
 from __future__ import annotations
 
 from ...registry import accepts_unless, register_kernel
+from . import declined as _declined  # noqa: F401  registers the kernels that decline
 from .decode import xqa, xqa_refusal
 from .delta_rule import gdn_chunked, gdn_refusal
+from .experts import b12x_moe, b12x_refusal
 from .latent import mla_fa2, mla_fa2_refusal, mla_xqa, mla_xqa_refusal
 from .prefill import fa2, fa2_refusal
 
@@ -24,3 +27,4 @@ register_kernel("attention", "flashinfer.fa2", accepts=accepts_unless(fa2_refusa
 register_kernel("mla", "flashinfer.mla_xqa", accepts=accepts_unless(mla_xqa_refusal), inline=True, merit=18)(mla_xqa)
 register_kernel("mla", "flashinfer.mla_fa2", accepts=accepts_unless(mla_fa2_refusal), merit=17)(mla_fa2)
 register_kernel("gated_delta_rule", "flashinfer.gdn", accepts=accepts_unless(gdn_refusal), merit=20)(gdn_chunked)
+register_kernel("moe", "flashinfer.b12x_moe", accepts=accepts_unless(b12x_refusal), inline=True, merit=22)(b12x_moe)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ...arch import Arch
+from ...ops import OPS
+from ...registry import kernels
 
 OLDEST = (0, 6, 18)  # the oldest release whose signatures and gates the tests have read
 INSTALL = 'pip install "sm12x-compile[flashinfer]"'
@@ -96,7 +98,8 @@ def entry(target: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # its import compiles, writes to the home directory and asks the driver
-        advice = f"leave FlashInfer's kernels out with options={{'kernels': ['-flashinfer.{module.split('.')[-1]}']}}"
+        ours = sorted({f"-{k.name}" for op in OPS for k in kernels(op) if k.name.startswith("flashinfer.")})
         raise RuntimeError(
-            f"FlashInfer {named(release() or ())} does not give {target}: {type(error).__name__}: {error}; {advice}"
+            f"FlashInfer {named(release() or ())} does not give {target}: {type(error).__name__}: {error}. Leave its "
+            f"kernels out with options={{'kernels': {ours}}}"
         ) from error

@@ -22,10 +22,20 @@ class Case:
     kernel: str
     make: Callable[[], dict[str, Any]]
 
-    def call(self) -> Call:
-        bound = OPS[self.op].signature.bind(**self.make())
+    def call(self, device: str = "cpu") -> Call:
+        with torch.device("cpu"):
+            given = {name: _moved(value, device) for name, value in self.make().items()}
+        bound = OPS[self.op].signature.bind(**given)
         bound.apply_defaults()
         return Call(self.op, dict(bound.arguments))
+
+
+def _moved(value: Any, device: str) -> Any:
+    """On the device, with the same strides."""
+    if not isinstance(value, Tensor) or device == "cpu":
+        return value
+    base = value if value._base is None else value._base
+    return base.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -101,6 +111,28 @@ def delta_rule(
     return make
 
 
+def experts(
+    T: int = 5, D: int = 128, I: int = 128, E: int = 4, K: int = 2, interleaved: bool = False, ids: Any = None,
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    def make() -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(12)
+
+        def integers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high, shape, generator=generator)
+
+        chosen = integers(0, E, T, K) if ids is None else torch.tensor(ids)
+        return {
+            "x": _random(T, D, seed=13), "topk_ids": chosen, "topk_weights": _random(*chosen.shape, seed=14).sigmoid(),
+            "w13": integers(0, 256, E, 2 * I, D // 2).to(torch.uint8),
+            "w2": integers(0, 256, E, D, I // 2).to(torch.uint8),
+            "w13_scale": integers(118, 122, E, 2 * I, D // 32).to(torch.uint8),
+            "w2_scale": integers(118, 122, E, D, I // 32).to(torch.uint8),
+            "format": "mxfp4", "interleaved": interleaved,
+        }  # fmt: skip
+
+    return make
+
+
 def _at(*positions: int) -> Callable[[], Tensor]:
     return lambda: torch.tensor(positions if len(positions) > 1 else positions[0])
 
@@ -148,6 +180,14 @@ CASES = [
         ("mla", "flashinfer.mla_xqa", "length", latent(H=128, packed=True, kv_len=_at(0, 50), T=80)),
         ("gated_delta_rule", "flashinfer.gdn", "batch", delta_rule()),
         ("gated_delta_rule", "flashinfer.gdn", "state", delta_rule(state=True, B=1, T=9, Hv=4, dtype=half)),
+        ("moe", "flashinfer.b12x_moe", "halves", experts()),
+        ("moe", "flashinfer.b12x_moe", "interleaved", experts(interleaved=True, D=256)),
+        (
+            "moe",
+            "flashinfer.b12x_moe",
+            "expert numbers that do not exist",
+            experts(T=3, ids=[[0, -1], [4, 3], [9, -2]]),
+        ),
         ("gated_delta_rule", "flashinfer.gdn", "packed", delta_rule(B=1, cu_seqlens=[0, 20, 70], qk_l2norm="none")),
     ]
 ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sm12x_compile.arch import CARDS
+from sm12x_compile.arch import CARDS, Arch
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import kernels
 
@@ -21,11 +21,11 @@ def _wide(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype.is_floating_point else value
 
 
-def check(case: Case) -> None:
-    """The kernel accepts the call on an RTX 5090, and gives the reference's result, dtype and strides."""
+def check(case: Case, arch: Arch = CARDS["rtx5090"], device: str = "cpu") -> None:
+    """The kernel accepts the call on the card, and gives the reference's result, dtype and strides."""
     kernel = next(k for k in kernels(case.op) if k.name == case.kernel)
-    call = case.call()
-    verdict = kernel.accepts(call, CARDS["rtx5090"])
+    call = case.call(device)
+    verdict = kernel.accepts(call, arch)
     assert verdict, verdict
     run = kernel.run if kernel.overload is None else kernel.overload
     found = run(**call.arguments)

@@ -10,10 +10,13 @@ import inspect
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sm12x_compile.ops.mxfp4 import dequantize_fp4
 
 
 def _attend(
@@ -175,7 +178,59 @@ def chunk_gated_delta_rule(
     return output, output_state
 
 
+def prepare_w4a16_fp4_e8m0_k32_weights(*, w13_layout: str, activation: str, **weights: Any) -> SimpleNamespace:
+    """Copies the weights as they are."""
+    assert w13_layout == "w31" and activation == "silu"
+    assert all(t.is_contiguous() for t in weights.values() if isinstance(t, Tensor))
+    assert bool((weights["w13_global_scale"] == 1).all() and (weights["w2_global_scale"] == 1).all())
+    names = {"w13_fp4": "w13", "w13_e8m0_scale": "w13_scale", "w2_fp4": "w2", "w2_e8m0_scale": "w2_scale"}
+    copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in weights.items()}
+    return SimpleNamespace(**{names.get(name, name): value for name, value in copied.items()})
+
+
+def allocate_sm120_moe_workspace(*, routed_rows: int, num_topk: int, **_: Any) -> SimpleNamespace:
+    assert routed_rows % num_topk == 0
+    return SimpleNamespace(**dict.fromkeys(_CACHES))
+
+
+_CACHES = (
+    "intermediate_cache13", "intermediate_cache2", "fc1_c_tmp", "fc2_c_tmp", "packed_route_indices",
+    "block_expert_ids", "packed_route_count", "expert_offsets",
+)  # fmt: skip
+
+
+def run_w4a16_moe(
+    a_input: Tensor, prepared: Any, topk_weights: Tensor, topk_ids: Tensor, *, activation: str, output: Tensor,
+    **caches: Any,
+) -> Tensor:  # fmt: skip
+    """bf16 rows times four-bit weights, gate first; negative expert numbers contribute nothing."""
+    assert set(caches) == set(_CACHES) and activation == "silu" and prepared.w13_layout == "w31"
+    assert (prepared.source_format, prepared.scale_format) == ("fp4_e8m0_k32", "e8m0_k32")
+    assert topk_weights.dtype == torch.float32 and topk_ids.dtype == torch.int32
+    assert int(topk_ids.max()) < prepared.num_experts
+    w13, w2 = (
+        dequantize_fp4("moe", w, s, "mxfp4", dtype=torch.float64)
+        for w, s in ((prepared.w13, prepared.w13_scale), (prepared.w2, prepared.w2_scale))
+    )
+    assert w2.shape[1:] == (prepared.hidden_size, prepared.intermediate_size)
+    output.zero_()
+    for t, row in enumerate(a_input.double()):
+        total = torch.zeros_like(row)
+        for e, p in zip(topk_ids[t].tolist(), topk_weights[t].tolist(), strict=True):
+            if e >= 0:
+                gate, up = (w13[e] @ row).chunk(2)
+                total += p * (w2[e] @ (torch.nn.functional.silu(gate) * up))
+        output[t] = total
+    return output
+
+
+_B12X = "flashinfer.fused_moe.cute_dsl.blackwell_sm12x"
 ENTRIES: dict[str, Any] = {
+    f"{_B12X}.moe_w4a16_prepare:prepare_w4a16_fp4_e8m0_k32_weights": prepare_w4a16_fp4_e8m0_k32_weights,
+    f"{_B12X}.moe_w4a16_prepare:W4A16PackedWeights": SimpleNamespace,
+    f"{_B12X}.moe_w4a16_prepare:_make_workspace": lambda device, max_blocks_per_sm: torch.zeros(1),
+    f"{_B12X}.moe_dispatch:allocate_sm120_moe_workspace": allocate_sm120_moe_workspace,
+    f"{_B12X}.moe_w4a16_kernel:run_w4a16_moe": run_w4a16_moe,
     "flashinfer.decode:xqa_batch_decode_with_kv_cache": xqa_batch_decode_with_kv_cache,
     "flashinfer.prefill:BatchPrefillWithPagedKVCacheWrapper": BatchPrefillWithPagedKVCacheWrapper,
     "flashinfer.attention:BatchAttentionWithAttentionSinkWrapper": BatchAttentionWithAttentionSinkWrapper,
@@ -195,7 +250,8 @@ class Bound:
         inspect.signature(self._real).bind(*args, **kwargs)
         self._seen.append(self._name)
         result = self._stand_in(*args, **kwargs)
-        return _Methods(self._real, result, self._seen, self._name) if inspect.isclass(self._real) else result
+        wrapper = hasattr(result, "plan")
+        return _Methods(self._real, result, self._seen, self._name) if wrapper else result
 
 
 class _Methods:
