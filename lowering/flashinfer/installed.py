@@ -83,7 +83,7 @@ def refusal(
 
 
 def _listed(families: tuple[str, ...]) -> str:
-    names = [family.upper() for family in families]
+    names = [family.replace("sm", "SM") for family in families]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sm12x_compile.arch import CARDS, Arch
 from sm12x_compile.ops import OPS
-from sm12x_compile.registry import kernels
+from sm12x_compile.registry import Call, kernels
 
 from .cases import Case
 
@@ -28,7 +28,11 @@ def check(case: Case, arch: Arch = CARDS["rtx5090"], device: str = "cpu") -> Non
     verdict = kernel.accepts(call, arch)
     assert verdict, verdict
     run = kernel.run if kernel.overload is None else kernel.overload
-    found = run(**call.arguments)
+    agrees(case, run(**call.arguments), call)
+
+
+def agrees(case: Case, found: Any, call: Call) -> None:
+    """The result is the reference's, with the dtype and the strides that the op's fake promises."""
     wide = {name: _wide(value) for name, value in call.arguments.items() if name != "out_dtype"}
     expected = OPS[case.op].reference(**wide)
     fake = OPS[case.op].fake(**call.arguments)
