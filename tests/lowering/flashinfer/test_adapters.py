@@ -47,7 +47,9 @@ def lowered(case: Case, layers: int = 1) -> tuple[GraphModule, list[Tensor], lis
             name: given[place[name]].as_strided(t.shape, t.stride(), t.storage_offset()) for name, t in tensors.items()
         }
         found: list[Any] = []
-        for _ in range(layers):
+        for layer in range(layers):
+            if layer:  # each with a query of its own
+                views = {name: t + layer if name == "q" else t for name, t in views.items()}
             result = OPS[case.op].overload(**rest, **views)
             found += result if isinstance(result, (tuple, list)) else [result]
         return tuple(found)
