@@ -107,6 +107,7 @@ def _xqa_fake(q: Tensor, *args: Any) -> Tensor:
 
 
 @torch.library.custom_op("sm12x_flashinfer::xqa", mutates_args=())
+@installed.explained("flashinfer.xqa")
 def _xqa(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, length: Tensor, apart: int, scale: float, window_left: int,
     sinks: Tensor | None,

@@ -41,6 +41,7 @@ def gdn_refusal(call: Call, arch: Arch) -> str | None:
     return None
 
 
+@installed.explained("flashinfer.gdn")
 def gdn_chunked(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None = None,
     qk_l2norm: str = "none", eps: float = 1e-6, cu_seqlens: Tensor | None = None,

@@ -84,6 +84,7 @@ def b12x_moe(
     return out
 
 
+@installed.explained("flashinfer.b12x_moe")
 def _pack(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, interleaved: bool) -> list[Tensor]:
     """w13, its scales and global scales, then those of w2, as the kernel reads them."""
     if interleaved:
@@ -127,6 +128,7 @@ PACK = preparation("flashinfer_b12x", _pack, _pack_fake, title="packing MXFP4 ex
 
 
 @torch.library.custom_op("sm12x_flashinfer::b12x_moe", mutates_args=())
+@installed.explained("flashinfer.b12x_moe")
 def _b12x(x: Tensor, ids: Tensor, weights: Tensor, packed: list[Tensor], inner: int) -> Tensor:
     """The kernel: x ``[T, D]``, int32 ids and fp32 weights ``[T, K]``, what `PACK` gives, the experts' width.
 

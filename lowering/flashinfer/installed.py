@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import re
 import shutil
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from ...arch import Arch
 from ...ops import OPS
@@ -23,6 +25,12 @@ from ...registry import kernels
 OLDEST = (0, 6, 18)  # the oldest release whose signatures and gates the tests have read
 INSTALL = 'pip install "sm12x-compile[flashinfer]"'
 CUTE = "pip install nvidia-cutlass-dsl"
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class FlashInferError(RuntimeError):
+    """FlashInfer could not be imported, could not compile a kernel, or refused a call; says what to do."""
 
 
 @cache
@@ -92,14 +100,39 @@ def entry(target: str) -> Any:
     """A function or class of FlashInfer by its place, such as ``flashinfer.decode:xqa_batch_decode_with_kv_cache``.
 
     Raises:
-        RuntimeError: FlashInfer does not import, or has no such thing; says what to do.
+        FlashInferError: FlashInfer does not import, or has no such thing; says what to do.
     """
     module, name = target.split(":")
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # its import compiles, writes to the home directory and asks the driver
         ours = sorted({f"-{k.name}" for op in OPS for k in kernels(op) if k.name.startswith("flashinfer.")})
-        raise RuntimeError(
+        raise FlashInferError(
             f"FlashInfer {named(release() or ())} does not give {target}: {type(error).__name__}: {error}. Leave its "
             f"kernels out with options={{'kernels': {ours}}}"
         ) from error
+
+
+def explained(kernel: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """What goes wrong inside FlashInfer, most often the compilation of a kernel, becomes a `FlashInferError`."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except FlashInferError:
+                raise
+            except Exception as error:
+                lines = str(error).strip().splitlines()
+                cause = next((line for line in lines if "error" in line.lower()), lines[0] if lines else "")
+                raise FlashInferError(
+                    f"{kernel} failed in FlashInfer {named(release() or ())}: {type(error).__name__}: {cause[:300]}. "
+                    f"Leave it out with options={{'kernels': ['-{kernel}']}}"
+                ) from error
+
+        # torch.library reads the annotations, in the module of the function that it is given.
+        run.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
+        return run
+
+    return decorate

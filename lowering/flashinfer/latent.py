@@ -61,6 +61,7 @@ def mla_fa2_refusal(call: Call, arch: Arch) -> str | None:
     return known_refusal(call, q.shape[2], latent.shape[1])
 
 
+@installed.explained("flashinfer.mla_fa2")
 def mla_fa2(
     q_nope: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None, w_uk: Tensor | None,
     w_uv: Tensor | None, scale: float, causal: bool = False, window_left: int | None = None,
@@ -162,6 +163,7 @@ def mla_xqa(
 
 
 @torch.library.custom_op("sm12x_flashinfer::xqa_mla", mutates_args=())
+@installed.explained("flashinfer.mla_xqa")
 def _xqa_mla(query: Tensor, latent: Tensor, k_rope: Tensor, length: Tensor, scale: float) -> Tensor:
     """The kernel: query ``[B, 128, 1, 576]``, latent ``[B, T, 512]``, k_rope ``[B, T, 64]``, int32 ``[B]`` lengths."""
     B, H, _, width = query.shape

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .installed import FlashInferError
+
 WORKSPACE_BYTES = 128 << 20  # what FlashInfer's documentation recommends
 KEPT = 64  # wrappers; each holds about 8 MiB on the device and on the host
 
@@ -45,7 +47,7 @@ class Plans:
         """The wrapper of this shape; `make` gets the workspace and plans a new one.
 
         Raises:
-            RuntimeError: the shape is new and a CUDA graph is being captured.
+            FlashInferError: the shape is new and a CUDA graph is being captured.
         """
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -55,7 +57,7 @@ class Plans:
             if planned is None and capturing:
                 planned = self._on_any_stream(device, shape)
                 if planned is None:
-                    raise RuntimeError(
+                    raise FlashInferError(
                         "FlashInfer plans this shape on the host: run the model once before you capture a CUDA graph"
                     )
             elif planned is None:

@@ -49,6 +49,7 @@ def fa2_refusal(call: Call, arch: Arch) -> str | None:
     return known_refusal(call, q.shape[2], k.shape[2])
 
 
+@installed.explained("flashinfer.fa2")
 def fa2(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, window_left: int | None = None,
     window_right: int | None = None, chunk: int | None = None, q_offset: Tensor | None = None, q_shift: int = 0,

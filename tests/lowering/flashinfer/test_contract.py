@@ -259,5 +259,34 @@ def test_b12x_has_a_tile_that_fits(hidden: int, inner: int, rows: int) -> None:
         assert tile
 
 
+# ---------------------------------------------------------------- why some are not used
+
+
+@pytest.mark.parametrize(
+    "name", ["gated_delta_rule_decode", "gated_delta_rule_decode_pretranspose", "gated_delta_rule_mtp"]
+)
+def test_steps_of_the_delta_rule_still_take_raw_projections(name: str) -> None:
+    """Once one of them takes a decay and a rate, `declined.py` is out of date."""
+    parameters = set(inspect.signature(unbound("gdn_decode.py", name)).parameters)
+    assert {"A_log", "a", "dt_bias", "b"} <= parameters and not {"g", "beta"} & parameters
+
+
+def test_cutlass_still_has_no_bf16_rows_on_these_cards() -> None:
+    source = text("fused_moe/api.py")
+    if "_CUTLASS_W4A16_ARCHS" not in source:
+        pytest.skip("this release names no cards")
+    assert "_CUTLASS_W4A16_ARCHS = (90,)" in source
+
+
+def test_plain_fa2_still_ignores_sinks() -> None:
+    """`run(sinks=...)` reaches the kernels of trtllm-gen and no other, so the adapter must not use it."""
+    source = text("prefill.py")
+    trtllm = source.index("sinks=sinks")
+    branch = source[source.index('elif backend == "fa2":', trtllm) + 1 :]
+    fa2 = re.split(r"\n        el(?:se|if)\b", branch)[0]
+    assert "paged_run_func(" in fa2 or "paged_run(" in fa2
+    assert "sinks" not in fa2
+
+
 def test_version_is_what_the_metadata_says() -> None:
     assert importlib.metadata.version("flashinfer-python").startswith(installed.named(installed.release() or ()))

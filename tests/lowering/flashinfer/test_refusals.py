@@ -17,6 +17,7 @@ from sm12x_compile.registry import Call, No, kernels
 
 from . import cases
 from .cases import CASES, Case, attention, delta_rule, experts, latent
+from .check import check
 from .stand_ins import ENTRIES
 
 RTX5090 = CARDS["rtx5090"]
@@ -158,6 +159,18 @@ def test_without_flashinfer_everything_is_lowered(case: Case, card: str) -> None
 def test_an_entry_point_that_is_gone_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"does not give no_such_package:thing.*'-flashinfer.fa2'"):
         installed.entry("no_such_package:thing")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_fails_inside_is_told_in_a_sentence(case: Case, enter: Callable[[dict[str, Any]], None]) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("building\nsomething.cu(7): error: no such header\n1 error")
+
+    enter(dict.fromkeys(ENTRIES, fail))
+    with pytest.raises(installed.FlashInferError) as told:
+        check(case)
+    assert "something.cu(7): error: no such header" in str(told.value)
+    assert f"options={{'kernels': ['-{case.kernel}']}}" in str(told.value)
 
 
 def test_kernels_that_never_serve_say_why() -> None:
