@@ -11,6 +11,7 @@ the call stays, computed at each step.
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -243,9 +244,8 @@ def _weight_name(leaf: Node) -> str:
     source = getattr(leaf, "_dynamo_source", None)
     name = leaf.name if source is None else source.name
     name = name() if callable(name) else name  # a method until torch 2.11
-    for noise in ("L['self'].", "_modules['", "_parameters['", "_buffers['", "']"):
-        name = name.replace(noise, "")
-    return str(name)
+    name = re.sub(r"^L\['\w+'\]\.?", "", name)
+    return re.sub(r"_(?:modules|parameters|buffers)\['([^']*)'\]", r"\1", name)
 
 
 class _progress:

@@ -80,6 +80,7 @@ class _Entry:
     samples: tuple[Tensor | None, ...]
     pending: tuple[Tensor, Any] | None = None  # a comparison on the GPU, and the event that says it is done
     stale: bool = False
+    gone: bool = False  # the sources' memory was given up
 
 
 @dataclass
@@ -98,6 +99,8 @@ class Store:
             sources: the user's tensors, the very objects, not views of them.
             watch: is told of each preparation.
 
+        Raises:
+            RuntimeError: a source's memory was given up, and what was prepared from it was forgotten.
         """
         sources = tuple(sources)
         if any(s.is_inference() for s in sources):
@@ -169,16 +172,28 @@ STORE = Store()
 
 def _given_up(entry: _Entry, recipe: Recipe, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The results, once the sources' memory is given up if the recipe says so."""
-    if recipe.drops and any(s.untyped_storage().nbytes() > s.element_size() for s in sources):
-        for source in sources:
-            one = torch.full((), torch.nan, dtype=source.dtype, device=source.device)
-            source.data = one.expand(source.shape)
-        entry.samples, entry.state = tuple(None for _ in sources), _state(sources)
+    if recipe.drops and not entry.gone:
+        with torch.inference_mode(False), torch.no_grad():
+            for source in sources:
+                one = torch.full((), torch.nan, dtype=source.dtype, device=source.device)
+                source.data = one.expand(source.shape)
+        entry.gone, entry.samples, entry.state = True, tuple(None for _ in sources), _state(sources)
         entry.storages = tuple(StorageWeakRef(s.untyped_storage()) for s in sources)
     return entry.results
 
 
+def _is_gone(source: Tensor) -> bool:
+    """Whether this is the NaN that was left of a weight."""
+    alone = source.untyped_storage().nbytes() == source.element_size() and source.numel() > 1
+    return alone and source.is_floating_point() and bool(source.detach()[(0,) * source.dim()].isnan())
+
+
 def _run(recipe: Recipe, sources: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if any(map(_is_gone, sources)):
+        raise RuntimeError(
+            "sm12x: the memory of a weight was given up when it was prepared (moe_weights='mxfp4_only'), and what was "
+            "prepared is gone too: load the model again"
+        )
     # Not under the caller's inference mode: its tensors could not be written again later.
     with torch.inference_mode(False), torch.no_grad():
         return recipe.run(*sources)
