@@ -56,7 +56,7 @@ REQUIREMENTS = (
     Requirement("torch", (2, 11), (2, 14), True, 'pip install "torch>=2.11,<2.14"'),
     Requirement("triton", (3, 6), None, platform.system() == "Linux", 'pip install "triton>=3.6"'),
     Requirement("transformers", (5, 17), (5, 24), False, 'pip install "transformers>=5.17,<5.24"'),
-    Requirement("flashinfer-python", (0, 6, 8), None, False, 'pip install "flashinfer-python>=0.6.8"'),
+    Requirement("flashinfer-python", (0, 6, 18), None, False, 'pip install "flashinfer-python>=0.6.18"'),
 )
 
 

@@ -28,7 +28,7 @@ def call_of(*args: Any, **kwargs: Any) -> Call:
 
 
 def inline_kernels() -> list[Kernel]:
-    return [k for k in kernels("attention") if k.inline]
+    return [k for k in kernels("attention") if k.inline and not k.name.startswith("flashinfer.")]
 
 
 def wide(value: Any) -> Any:
