@@ -8,10 +8,20 @@ loop that keeps the logits of its steps would be wrong. What leaves the graph is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Way(Enum):
+    """How a result is copied."""
+
+    KEEP = auto()  # it shares memory with an argument, or is no tensor on the device: it stays what it is
+    CLONE = auto()
+    STRIDED = auto()  # it has gaps; compiled code after a graph break may count on its strides
+    SHARED = auto()  # it shares memory with another result, and the copies shall do so too
 
 
 def kept(compiled: Callable[..., Any], replays: Callable[[], bool]) -> Callable[..., Any]:
@@ -21,54 +31,54 @@ def kept(compiled: Callable[..., Any], replays: Callable[[], bool]) -> Callable[
         compiled: takes tensors and numbers one by one and returns a sequence.
         replays: whether a recording is in use by now; before that, results have memory of their own.
     """
-    foreign: frozenset[int] | None = None  # results that share memory with an input: they stay what they are
+    ways: list[Way] | None = None  # what shares memory with what is the same in every call
 
     def run(*args: Any) -> Any:
-        nonlocal foreign
+        nonlocal ways
         results = compiled(*args)
         if not replays():
             return results
-        if foreign is None:
-            foreign = shared_with(args, results)
-        return copies(results, foreign)
+        if ways is None:
+            ways = ways_to_copy(args, results)
+        return copies(results, ways)
 
     return run
 
 
-def shared_with(args: Sequence[Any], results: Sequence[Any]) -> frozenset[int]:
-    """Which of the results share memory with an argument: which do is the same in every call."""
-    memory = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-    return frozenset(
-        k for k, r in enumerate(results) if isinstance(r, Tensor) and r.untyped_storage().data_ptr() in memory
-    )
-
-
-def copies(results: Sequence[Any], without: frozenset[int]) -> list[Any]:
-    """The results with new memory, but those `without`; results that share memory share it afterwards."""
-    memory: dict[int, Tensor] = {}  # address of a storage -> its copy, where more than one result lies in it
-    addresses = [
-        r.untyped_storage().data_ptr() if isinstance(r, Tensor) and k not in without else None
-        for k, r in enumerate(results)
-    ]
-    new: list[Any] = []
-    for result, address in zip(results, addresses, strict=True):
-        if address is None or result.device.type == "cpu":
-            new.append(result)
-        elif addresses.count(address) == 1:
-            new.append(_copy(result))
+def ways_to_copy(args: Sequence[Any], results: Sequence[Any]) -> list[Way]:
+    given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+    memory = [r.untyped_storage().data_ptr() if isinstance(r, Tensor) else None for r in results]
+    ways = []
+    for result, address in zip(results, memory, strict=True):
+        if address is None or address in given or result.device.type == "cpu":
+            ways.append(Way.KEEP)
+        elif memory.count(address) > 1:
+            ways.append(Way.SHARED)
         else:
+            ways.append(Way.CLONE if result.clone().stride() == result.stride() else Way.STRIDED)
+    return ways
+
+
+def copies(results: Sequence[Any], ways: Sequence[Way]) -> list[Any]:
+    memory: dict[int, Tensor] = {}  # address of shared memory -> its copy, as bytes
+    new: list[Any] = []
+    for result, way in zip(results, ways, strict=True):
+        if way is Way.KEEP:
+            new.append(result)
+        elif way is Way.CLONE:
+            new.append(result.clone())
+        elif way is Way.STRIDED:
+            new.append(_strided(result))
+        else:
+            address = result.untyped_storage().data_ptr()
             if address not in memory:
-                whole = torch.empty(0, dtype=torch.uint8, device=result.device).set_(result.untyped_storage())
-                memory[address] = whole.clone()
-            view = torch.empty(0, dtype=result.dtype, device=result.device)
-            view.set_(memory[address].untyped_storage(), result.storage_offset(), result.shape, result.stride())
-            new.append(view)
+                memory[address] = result.new_empty(0, dtype=torch.uint8).set_(result.untyped_storage()).clone()
+            storage = memory[address].untyped_storage()
+            new.append(result.new_empty(0).set_(storage, result.storage_offset(), result.shape, result.stride()))
     return new
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy with the same strides: compiled code after a graph break may count on them."""
-    if torch._debug_has_internal_overlap(tensor):  # type: ignore[attr-defined]  # expanded: one element stands for many
+def _strided(tensor: Tensor) -> Tensor:
+    if torch._debug_has_internal_overlap(tensor):  # expanded: one element stands for many
         return tensor.clone()
-    new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return new.copy_(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -71,7 +71,8 @@ class Recording:
         self._watched: tuple[int, ...] = ()  # inputs whose address decides whether they are static
         self._addresses: tuple[int, ...] = ()  # theirs, in the last call
         self._places: set[tuple[int, ...]] = set()  # all that were seen
-        self._numbers: set[tuple[int, ...]] = set()
+        self._ints: list[int] = []  # inputs that are numbers
+        self._numbers: set[tuple[int, ...]] = set()  # their values so far
         self._recorded: Code | None = None
         self._given_up = False
 
@@ -105,7 +106,11 @@ class Recording:
 
     def _is_a_number_too_many(self, inputs: list[Any]) -> bool:
         """Every number (a size, a position) is a constant of a recording."""
-        numbers = tuple(x for x in inputs if isinstance(x, int))
+        if self._calls == 0:
+            self._ints = [k for k, x in enumerate(inputs) if isinstance(x, int)]
+        if not self._ints:
+            return False
+        numbers = tuple(inputs[k] for k in self._ints)
         if numbers in self._numbers:
             return False
         if len(self._numbers) < MAX_NUMBERS:
