@@ -21,14 +21,16 @@ class RowTiles:
 
     block_n: int
     block_k: int
-    num_warps: int = 4
+    num_warps: int
 
 
 def row_tiles(arch: Arch, outputs: int, inner: int, element_size: int) -> RowTiles:
-    """16 bytes a thread and row; four rows a program where that leaves every multiprocessor several programs."""
-    block_k = min(2048 // element_size, 1 << (inner - 1).bit_length())
-    block_n = next((n for n in (4, 2) if outputs >= 4 * n * arch.sm_count), 1)
-    return RowTiles(block_n, block_k)
+    """Long rows in steps of 1 KiB, four at once; others in 4 KiB, two at once. The best of 11 on an H200, by bf16."""
+    long = inner > 4096
+    block_k = min((1024 if long else 4096) // element_size, 1 << (inner - 1).bit_length())
+    wanted = 4 if long else 2
+    block_n = next((n for n in (4, 2) if n <= wanted and outputs >= 4 * n * arch.sm_count), 1)
+    return RowTiles(block_n, block_k, 4 if long else 8)
 
 
 def row_linear_launch(

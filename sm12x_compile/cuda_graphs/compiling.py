@@ -13,6 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from ..normalize import example_value
+from ..pipeline import device_of
 from ..report import Report
 from .decision import Decision, changing_size
 from .host_values import Lifted, lift
@@ -42,7 +43,8 @@ class Outcome:
             report.cuda_graphs[place] = self.state
         if recorded or reason is None:
             return
-        logger.info("no CUDA graph: %s", reason)
+        if decision.wanted:
+            logger.info("no CUDA graph: %s", reason)
         if decision.asked:
             text = f"sm12x: a CUDA graph was asked for, and the graph runs without one: {reason}."
             warnings.warn(text, stacklevel=2)
@@ -80,7 +82,7 @@ def compile_with_graphs(
         if not gradients and _has_ints(gm) and changing_size(gm) is None:
             # Inputs of the code are not those of the graph then, which its cache of whole graphs knows nothing of.
             stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
-            arguments["inner_compile"] = compile_lifted
+            arguments["inner_compile"] = partial(compile_lifted, device_of(gm))
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches, **arguments)
     outcome.settle(decision, *_verdict(made, syncs))
     return compiled if gradients else kept(compiled, made.replays)
@@ -101,12 +103,11 @@ def _has_ints(gm: GraphModule) -> bool:
     return any(isinstance(example_value(n), torch.SymInt) for n in gm.graph.find_nodes(op="placeholder"))
 
 
-def compile_lifted(gm: GraphModule, example_inputs: Sequence[Any], **known: Any) -> Compiled:
-    """`compile_fx_inner` for a graph that is given ints: they come to be tensors where that is possible."""
+def compile_lifted(device: torch.device, gm: GraphModule, example_inputs: Sequence[Any], **known: Any) -> Compiled:
+    """`compile_fx_inner` for a graph that is given ints: where possible they come to be tensors on the device."""
     from torch._inductor.compile_fx import compile_fx_inner
 
-    device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"), None)
-    lifted = lift(gm, device) if device is not None else None
+    lifted = lift(gm, device)
     if lifted is None:
         unchanged: Compiled = compile_fx_inner(gm, example_inputs, **known)
         return unchanged
@@ -118,7 +119,7 @@ def compile_lifted(gm: GraphModule, example_inputs: Sequence[Any], **known: Any)
     return fed(compile_fx_inner(lifted.graph, inputs, static_input_idxs=static, **known), lifted, device)
 
 
-def fed(compiled: Compiled, lifted: Lifted, device: torch.device | None) -> Compiled:
+def fed(compiled: Compiled, lifted: Lifted, device: torch.device) -> Compiled:
     """A function of the original inputs, in a list that it empties, from the one of the lifted inputs."""
     tensors: list[torch.Tensor] = []
     filled: list[int | None] = [None] * lifted.values

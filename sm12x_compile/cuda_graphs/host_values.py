@@ -80,6 +80,9 @@ def lift(gm: GraphModule, device: torch.device) -> Lifted | None:
         assert plan is not None
         plan(node, inputs)
     output.args = (tuple(None if x in numbers else x for x in returned),)
+    if "user_visible_output_idxs" in output.meta:  # Inductor's: results whose strides the caller sees
+        seen = output.meta["user_visible_output_idxs"]
+        output.meta["user_visible_output_idxs"] = [k for k in seen if k not in results]
     for node in reversed(list(gm.graph.nodes)):
         if node in numbers and not node.users:
             gm.graph.erase_node(node)

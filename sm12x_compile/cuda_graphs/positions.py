@@ -1,8 +1,8 @@
 """Positions that the host counts, given to the attention ops as tensors.
 
 The ops take a query's position as a tensor (``q_offset``) and as a number (``q_shift``). A number that changes from
-call to call would be a constant of a recording. `host_values` makes tensors of ints that reach tensors, so a number that
-is no size becomes one here, before a kernel is chosen.
+call to call would be a constant of a recording. `host_values` makes tensors of ints that reach tensors, so a number
+that is no size becomes one here, before a kernel is chosen.
 """
 
 from __future__ import annotations
