@@ -25,6 +25,7 @@ from .triton.row_linear import MAX_LAYERS, row_linear
 
 aten = torch.ops.aten
 PATTERN, KERNEL = "linear", "triton.row_linear"
+_MAY_DO_NOTHING = (aten._to_copy, aten.to, aten.clone, aten.contiguous, aten.dropout)
 
 
 def join_linears(gm: GraphModule, options: Options, arch: Arch) -> list[Site]:
@@ -78,8 +79,8 @@ def _weights_are_inputs(node: Node, written: set[Node]) -> bool:
 
 
 def _is_computed(x: Node) -> bool:
-    """Whether a kernel of the graph runs before x can be read."""
-    while is_view(x):
+    """Whether a kernel of the graph runs before x can be read. Copies and casts may turn out to be none."""
+    while is_view(x) or getattr(x.target, "overloadpacket", None) in _MAY_DO_NOTHING:
         x = x.args[0]  # type: ignore[assignment]
     return x.op == "call_function"
 

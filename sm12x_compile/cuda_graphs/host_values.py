@@ -79,7 +79,7 @@ def lift(gm: GraphModule, device: torch.device) -> Lifted | None:
     for node, plan in zip(readers, plans, strict=True):
         assert plan is not None
         plan(node, inputs)
-    output.args = (tuple(None if x in numbers else x for x in returned),)
+    output.args = (tuple(None if x in numbers else x for x in output.args[0]),)  # type: ignore[union-attr]
     if "user_visible_output_idxs" in output.meta:  # Inductor's: results whose strides the caller sees
         seen = output.meta["user_visible_output_idxs"]
         output.meta["user_visible_output_idxs"] = [k for k in seen if k not in results]

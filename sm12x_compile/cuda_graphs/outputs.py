@@ -18,7 +18,7 @@ from torch import Tensor
 class Way(Enum):
     """How a result is copied."""
 
-    KEEP = auto()  # it shares memory with an argument, or is no tensor on the device: it stays what it is
+    KEEP = auto()  # it shares memory with an argument, or is no tensor: it stays what it is
     CLONE = auto()
     STRIDED = auto()  # it has gaps; compiled code after a graph break may count on its strides
     SHARED = auto()  # it shares memory with another result, and the copies shall do so too
@@ -50,7 +50,7 @@ def ways_to_copy(args: Sequence[Any], results: Sequence[Any]) -> list[Way]:
     memory = [r.untyped_storage().data_ptr() if isinstance(r, Tensor) else None for r in results]
     ways = []
     for result, address in zip(results, memory, strict=True):
-        if address is None or address in given or result.device.type == "cpu":
+        if address is None or address in given:
             ways.append(Way.KEEP)
         elif memory.count(address) > 1:
             ways.append(Way.SHARED)
@@ -79,6 +79,6 @@ def copies(results: Sequence[Any], ways: Sequence[Way]) -> list[Any]:
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    if torch._debug_has_internal_overlap(tensor):  # expanded: one element stands for many
+    if torch._debug_has_internal_overlap(tensor) == 1:  # expanded: one element stands for many
         return tensor.clone()
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)

@@ -8,6 +8,7 @@ that is no size becomes one here, before a kernel is chosen.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -30,14 +31,21 @@ def positions_as_tensors(gm: GraphModule, calls: Iterable[Node]) -> None:
         for symbol in free_symbols(node.meta["val"])
     }
     for call in calls:
-        shift = call.kwargs.get("q_shift")
+        given = _by_name(call)
+        shift = given.get("q_shift")
         if isinstance(shift, Node) and not free_symbols(shift.meta["val"]) & sizes:
-            _move(gm, call, shift)
+            _move(gm, call, given, shift)
 
 
-def _move(gm: GraphModule, call: Node, shift: Node) -> None:
+def _by_name(call: Node) -> dict[str, Any]:
+    assert isinstance(call.target, torch._ops.OpOverload)
+    names = [argument.name for argument in call.target._schema.arguments]
+    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
+
+
+def _move(gm: GraphModule, call: Node, given: dict[str, Any], shift: Node) -> None:
     q: torch.Tensor = call.all_input_nodes[0].meta["val"]
-    offset = call.kwargs.get("q_offset")
+    offset = given.get("q_offset")
     with gm.graph.inserting_before(call):
         tensor = gm.graph.call_function(
             aten.full.default, ([], shift), {"dtype": torch.int64, "device": q.device, "pin_memory": False}
@@ -47,4 +55,6 @@ def _move(gm: GraphModule, call: Node, shift: Node) -> None:
             whole = gm.graph.call_function(aten.add.Tensor, (offset, tensor))
             whole.meta["val"] = offset.meta["val"].new_empty(offset.meta["val"].shape)
             tensor = whole
-    call.kwargs = {**{k: v for k, v in call.kwargs.items() if k != "q_shift"}, "q_offset": tensor}
+    named = {**{name: value for name, value in given.items() if name != "q_shift"}, "q_offset": tensor}
+    operands = 3  # stay where they are: q, k and v, or what the op has in their place
+    call.args, call.kwargs = call.args[:operands], dict(list(named.items())[operands:])
