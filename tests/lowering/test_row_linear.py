@@ -99,8 +99,7 @@ def test_a_kernel_that_may_start_early() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("outputs", [(32,), (40, 7), (5, 6, 7, 9)], ids=str)
-@pytest.mark.parametrize("inner", [24, 1100, 4100])
+@pytest.mark.parametrize(("inner", "outputs"), [(24, (32,)), (1100, (5, 6, 7, 9)), (4100, (40, 7))], ids=str)
 def test_the_kernel(inner: int, outputs: tuple[int, ...], dtype: torch.dtype, run: Any) -> None:  # noqa: F811
     g = torch.Generator().manual_seed(inner)
 
