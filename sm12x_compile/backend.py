@@ -12,7 +12,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from .capture import wrap
 from .capture.captured import captured_nodes, expand
 from .capture.install import install
 from .collect import active_reports
+from .cuda_graphs.compiling import Outcome, compile_with_graphs
+from .cuda_graphs.decision import Decision, decide
+from .cuda_graphs.syncs import host_syncs
 from .hoist import Hoisted, hoist
 from .normalize import NotNormalizable, example_value, written_arguments
 from .options import OptionError, Options
@@ -65,44 +68,47 @@ def sm12x(
     arch, planned = resolve(parsed.arch, device_of(gm))
     report = Report(graphs=1, arch=arch.name, planned=planned)
     report.captures = [str(plan) for _, plan in captured_nodes(gm)]
-    compiled = _compile(gm, example_inputs, parsed, mode, report)
+    outcome = Outcome()
+    outcome.tell(report)
+    finish = Finish(example_inputs, parsed, mode, report, outcome)
+    compiled = _compile(gm, parsed, report, finish)
     for collected in active_reports():
         _merge(report, collected)
+        outcome.tell(collected)
     return compiled
 
 
-def _compile(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, mode: str | None, report: Report
-) -> Compiled:
+def _compile(gm: GraphModule, options: Options, report: Report, finish: Finish) -> Compiled:
     if _needs_gradients(gm):
         _say_once(report, GRADIENTS)
-        return _finish(gm, inputs, options, mode, report)
+        return finish(gm, gradients=True)
     try:
         transformed = transform(gm, options, report)
     except NotNormalizable as reason:
         report.warn(f"a graph was left as it is: {reason}")
         logger.info("graph left as it is: %s", reason)
-        return _finish(gm, inputs, options, mode, report)
+        return finish(gm)
     except Exception as error:
         report.warn(f"a graph was left as it is: {type(error).__name__}: {error}")
         logger.warning("sm12x could not transform a graph and left it as it is", exc_info=True)
-        return _finish(gm, inputs, options, mode, report)
+        return finish(gm)
     report.sites = transformed.sites
     if not any(site.status == "rewritten" for site in transformed.sites):
         # Nothing to gain: Dynamo's own graph compiles to the same code, with fewer things that can go wrong.
-        return _finish(gm, inputs, options, mode, report)
+        return finish(gm)
     normal = transformed.graph
     hoisted = hoist(normal, drop=lambda node: node.target is QUANTIZE and options.moe_weights == "mxfp4_only")
     extra = () if hoisted is None else hoisted.fakes
     if options.codegen == "eager":
-        return _with_prepared(hoisted, _guarded(normal, gm, len(inputs)), report)
+        finish.decide(normal)
+        return _with_prepared(hoisted, _guarded(normal, gm, len(finish.inputs)), report)
     try:
-        return _with_prepared(hoisted, _finish(normal, [*inputs, *extra], options, mode, report), report)
+        return _with_prepared(hoisted, finish(normal, extra), report)
     except Exception as error:
         report.sites = []
         report.warn(f"a graph was left as it is: its rewritten form did not compile ({type(error).__name__}: {error})")
         logger.warning("the rewritten graph did not compile; the original is compiled instead", exc_info=True)
-        return _finish(gm, inputs, options, mode, report)
+        return finish(gm)
 
 
 def _with_prepared(hoisted: Hoisted | None, compiled: Compiled, report: Report) -> Compiled:
@@ -118,32 +124,39 @@ def _with_prepared(hoisted: Hoisted | None, compiled: Compiled, report: Report) 
     return hoisted
 
 
-def _finish(
-    gm: GraphModule, inputs: Sequence[Any], options: Options, mode: str | None, report: Report
-) -> Compiled:
-    """Compile a graph as it is: Dynamo's, with the user's own code for what was captured, or a rewritten one."""
-    if captured_nodes(gm):
-        expand(gm)
-        report.captures = []
-    if options.codegen == "eager":
-        return gm.forward
-    from torch._inductor.compile_fx import compile_fx
+@dataclass
+class Finish:
+    """Compiles a graph as it is: Dynamo's, with the user's own code for what was captured, or a rewritten one."""
 
-    started = time.perf_counter()
-    patches = torch._inductor.list_mode_options(mode) if mode else {}
-    if options.cuda_graphs is not None and options.cuda_graphs != "auto":
-        patches["triton.cudagraphs"] = bool(options.cuda_graphs)
-    wants_graphs = bool(patches.get("triton.cudagraphs"))
-    on_cuda = any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in inputs)
-    if wants_graphs and not on_cuda:
-        report.cuda_graph = (False, "the graph does not run on CUDA")
-    elif wants_graphs:
-        report.cuda_graph = (True, "asked for; Inductor logs it if it skips a graph")
-    else:
-        report.cuda_graph = (False, "not asked for (cuda_graphs=True turns them on)" if on_cuda else None)
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
-    report.add_seconds("inductor", time.perf_counter() - started)
-    return compiled
+    inputs: Sequence[Any]
+    options: Options
+    mode: str | None
+    report: Report
+    outcome: Outcome
+
+    def __call__(self, gm: GraphModule, extra: Sequence[Any] = (), *, gradients: bool = False) -> Compiled:
+        """`extra`: examples of inputs that the graph has beside those of Dynamo's."""
+        if captured_nodes(gm):
+            expand(gm)
+            self.report.captures = []
+        decision, patches = self.decide(gm, gradients=gradients)
+        if self.options.codegen == "eager":
+            return gm.forward
+        started = time.perf_counter()
+        compiled = compile_with_graphs(
+            gm, [*self.inputs, *extra], decision, patches, self.outcome, gradients=gradients
+        )
+        self.report.add_seconds("inductor", time.perf_counter() - started)
+        return compiled
+
+    def decide(self, gm: GraphModule, *, gradients: bool = False) -> tuple[Decision, dict[str, Any]]:
+        """Whether to record the graph, and Inductor's settings for the user's mode."""
+        patches = torch._inductor.list_mode_options(self.mode) if self.mode else {}
+        decision = decide(gm, self.options, patches, gradients=gradients)
+        self.report.syncs = host_syncs(gm)
+        if not decision.wanted:
+            self.outcome.settle(decision, False, decision.reason)
+        return decision, patches
 
 
 def _guarded(normal: GraphModule, original: GraphModule, count: int) -> Compiled:
@@ -188,7 +201,8 @@ def _merge(new: Report, into: Report) -> None:
     into.sites += [replace(site, graph=into.graphs) for site in new.sites]
     into.captures += new.captures
     into.graphs += 1
-    into.arch, into.planned, into.cuda_graph = new.arch, new.planned, new.cuda_graph
+    into.arch, into.planned = new.arch, new.planned
+    into.syncs += [sync for sync in new.syncs if sync not in into.syncs]
     for stage, seconds in new.seconds.items():
         into.add_seconds(stage, seconds)
     for message in new.warnings:

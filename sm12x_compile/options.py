@@ -23,7 +23,9 @@ class Options:
             ``cpu``) or a family (``sm120``, ``sm121``, ...). Anything but the device at hand only *plans*:
             the report names the kernels that the card would get, and the graph runs what suits this one.
         codegen: ``inductor``, or ``eager`` (interpreted: quick to compile, easy to debug).
-        cuda_graphs: ``auto``, True or False.
+        cuda_graphs: ``auto`` records graphs whose sizes do not change from call to call (a decode step over a static
+            cache) and says in the report why it does not record another; True records prompts and growing caches as
+            well, up to eight sizes each, and warns where nothing can be recorded; False records nothing.
         capture: whether known reference functions become one node while tracing.
         select: ``auto`` (``static`` for now) or ``static``: the first kernel in order of merit that accepts.
         verify: ``auto`` or False.

@@ -10,6 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .arch import Arch, resolve
+from .cuda_graphs.positions import positions_as_tensors
+from .lowering.linear import join_linears
 from .lowering.select import lower
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
@@ -49,8 +51,12 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     calls = [(site, call) for site, call in found if call is not None]
     if options.moe_weights != "keep":
         quantize_experts(normal, calls)
+    if device.type == "cuda":
+        positions_as_tensors(normal, [call for _, call in calls])
     lower(normal, calls, options, run_arch, plan_arch)
     clean(normal)
+    if any(site.status == "rewritten" for site in sites):
+        sites += join_linears(normal, options, run_arch)
     declare_constants(normal)
     normal.graph.lint()
     normal.recompile()

@@ -57,7 +57,12 @@ class Site:
 
 @dataclass
 class Report:
-    """Everything that compiling (and running) a model told us. The module `explain` fills it."""
+    """Everything that compiling (and running) a model told us. The module `explain` fills it.
+
+    Attributes (of those that do not explain themselves):
+        syncs: operations that wait for the GPU, with their lines.
+        cuda_graphs: for every graph, whether it runs as a CUDA graph, and why not, or in how many parts.
+    """
 
     sites: list[Site] = field(default_factory=list)
     captures: list[str] = field(default_factory=list)
@@ -66,7 +71,7 @@ class Report:
     graph_breaks: list[str] = field(default_factory=list)
     recompiles: list[str] = field(default_factory=list)
     syncs: list[str] = field(default_factory=list)
-    cuda_graph: tuple[bool, str | None] = (False, None)
+    cuda_graphs: list[tuple[bool, str | None]] = field(default_factory=list)
     weights: list[dict[str, Any]] = field(default_factory=list)
     races: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -89,6 +94,14 @@ class Report:
         return lines
 
     @property
+    def cuda_graph(self) -> tuple[bool, str | None]:
+        """Whether all of it runs as CUDA graphs, and if not, the first reason."""
+        for recorded, reason in self.cuda_graphs:
+            if not recorded:
+                return False, reason
+        return bool(self.cuda_graphs), next((reason for _, reason in self.cuda_graphs if reason), None)
+
+    @property
     def rewritten(self) -> list[Site]:
         return [s for s in self.sites if s.status == "rewritten"]
 
@@ -108,7 +121,7 @@ class Report:
             self.warnings.append(message)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "cuda_graph": self.cuda_graph}
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, default=str)
@@ -145,9 +158,17 @@ class Report:
         ):  # fmt: skip
             for line in lines:
                 console.print(f"{label}: {line}")
-        if self.cuda_graph[0] or self.cuda_graph[1]:
-            console.print(f"CUDA graph: {'yes' if self.cuda_graph[0] else 'no'}, {self.cuda_graph[1] or ''}")
+        for state, graphs in _same_state(self.cuda_graphs).items():
+            which = "" if len(graphs) == len(self.cuda_graphs) else f" (graph {', '.join(map(str, graphs))})"
+            console.print(f"CUDA graph{which}: {'yes' if state[0] else 'no'}{f', {state[1]}' if state[1] else ''}")
         return out.getvalue()
+
+
+def _same_state(states: list[tuple[bool, str | None]]) -> dict[tuple[bool, str | None], list[int]]:
+    groups: dict[tuple[bool, str | None], list[int]] = {}
+    for place, state in enumerate(states):
+        groups.setdefault(state, []).append(place)
+    return groups
 
 
 def _folded(sites: list[Site]) -> list[list[Site]]:

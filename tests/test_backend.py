@@ -183,28 +183,33 @@ def test_the_arch_is_told_for_graphs_that_are_left_too(why: str) -> None:
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor gets the mode's settings; on the CPU `reduce-overhead` says that there is no CUDA graph."""
+    """Inductor gets the mode's settings; on the CPU `reduce-overhead` says, loudly, that there is no CUDA graph."""
     patches: list[dict[str, Any] | None] = []
     monkeypatch.setattr(inductor, "compile_fx", lambda gm, inputs, config_patches: patches.append(config_patches) or gm)
-    with sm12x_compile.collect() as report:
+    asked = mode == "reduce-overhead"
+    with sm12x_compile.collect() as report, pytest.warns(UserWarning) if asked else warnings.catch_warnings():
         step = torch.compile(attend, backend=sm12x, mode=mode)
         torch.testing.assert_close(step(*heads()), attend(*heads()))
-    assert patches == [torch._inductor.list_mode_options(mode) or None]
-    said = "the graph does not run on CUDA" if mode == "reduce-overhead" else None
-    assert report.cuda_graph == (False, said)
-    assert bool(patches[0] and patches[0].get("triton.cudagraphs")) == (mode == "reduce-overhead")
+    expected = torch._inductor.list_mode_options(mode) | ({"triton.cudagraphs": False} if asked else {})
+    assert patches == [expected or None]
+    assert report.cuda_graph == (False, "no CUDA device")
+    assert any("a CUDA graph was asked for" in w for w in report.warnings) == asked
 
 
-@pytest.mark.parametrize(("wanted", "given"), [("auto", None), (True, True), (False, False)])
-def test_cuda_graphs(wanted: Any, given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("wanted", "reason"), [
+    ("auto", "no CUDA device"), (True, "no CUDA device"), (False, "cuda_graphs=False"),
+])  # fmt: skip
+def test_cuda_graphs(wanted: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     patches: list[dict[str, Any]] = []
     monkeypatch.setattr(
         inductor, "compile_fx", lambda gm, inputs, config_patches: patches.append(config_patches or {}) or gm
     )
-    with sm12x_compile.collect() as report:
+    loud = pytest.warns(UserWarning, match="no CUDA device") if wanted is True else warnings.catch_warnings()
+    with sm12x_compile.collect() as report, loud:
         torch.compile(attend, backend=sm12x, options={"cuda_graphs": wanted})(*heads())
-    assert patches[0].get("triton.cudagraphs") == given
-    assert report.cuda_graph == (False, "the graph does not run on CUDA" if given else None)
+    assert not patches[0].get("triton.cudagraphs")
+    assert report.cuda_graph == (False, reason)
+    assert report.cuda_graphs == [(False, reason)]
 
 
 # ------------------------------------------------------------------ graphs that are left

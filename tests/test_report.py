@@ -13,7 +13,7 @@ from rich.console import Console
 from sm12x_compile.report import Floor, Report, Site
 
 FIELDS = [
-    "sites", "captures", "code_rewrites", "graphs", "graph_breaks", "recompiles", "syncs", "cuda_graph",
+    "sites", "captures", "code_rewrites", "graphs", "graph_breaks", "recompiles", "syncs", "cuda_graphs",
     "weights", "races", "warnings", "planned", "arch", "seconds",
 ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def full() -> Report:
         graph_breaks=["print at a.py:1"],
         recompiles=["L['x'].size()[0] == 7"],
         syncs=["aten::item"],
-        cuda_graph=(False, "cuda_graphs=False"),
+        cuda_graphs=[(True, None), (False, "cuda_graphs=False")],
         weights=[{"name": "w", "format": "mxfp4", "before": 4, "after": 1}],
         races=[{"op": "attention", "winner": "triton"}],
         warnings=["no gradients"],
@@ -100,13 +100,14 @@ def full() -> Report:
 def test_json_round_trip() -> None:
     report = full()
     back = json.loads(report.to_json())
-    assert list(back) == FIELDS
-    assert back == json.loads(json.dumps(report.to_dict()))
+    assert list(back) == [*FIELDS, "cuda_graph"]
+    assert back.pop("cuda_graph") == [False, "cuda_graphs=False"]
+    assert {**back, "cuda_graph": [False, "cuda_graphs=False"]} == json.loads(json.dumps(report.to_dict()))
     sites = [
         Site(**s | {"refused": [tuple(r) for r in s["refused"]], "floor": s["floor"] and Floor(**s["floor"])})
         for s in back["sites"]
     ]
-    assert Report(**back | {"sites": sites, "cuda_graph": tuple(back["cuda_graph"])}) == report
+    assert Report(**back | {"sites": sites, "cuda_graphs": [*map(tuple, back["cuda_graphs"])]}) == report
     assert "\n" not in report.to_json(indent=None)
 
 
@@ -152,13 +153,21 @@ def test_what_the_table_says() -> None:
     for line in (
         "graph break: print at a.py:1", "recompile: L['x'].size()[0] == 7", "host sync: aten::item",
         "captured: chunk_gated_delta_rule", "code rewritten: moe.py:3", "warning: no gradients",
-        "CUDA graph: no, cuda_graphs=False",
+        "CUDA graph (graph 0): yes", "CUDA graph (graph 1): no, cuda_graphs=False",
     ):  # fmt: skip
         assert line in text.splitlines()
-    here = str(Report(arch="h200", cuda_graph=(True, None)))
+    here = str(Report(arch="h200", cuda_graphs=[(True, None), (True, None)]))
     assert here.splitlines()[0].strip().endswith("on h200")
-    assert "CUDA graph: yes" in here
+    assert "CUDA graph: yes" in here.splitlines()
     assert "CUDA graph" not in str(Report())
+
+
+def test_whether_all_of_it_is_recorded() -> None:
+    """The first reason not stands for the whole; a note on a recording is kept."""
+    assert Report().cuda_graph == (False, None)
+    assert Report(cuda_graphs=[(True, None), (True, None)]).cuda_graph == (True, None)
+    assert Report(cuda_graphs=[(True, None), (True, "2 CUDA graphs")]).cuda_graph == (True, "2 CUDA graphs")
+    assert Report(cuda_graphs=[(True, "note"), (False, "one"), (False, "two")]).cuda_graph == (False, "one")
 
 
 def test_a_site_without_a_module_shows_its_source() -> None:

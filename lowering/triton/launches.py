@@ -187,3 +187,21 @@ def mla_project(arch: Arch) -> Iterator[Launch]:
             arguments, _, tiles = project_launch(x, w, meta(1, H, 1, w.shape[2], dtype=dtype), arch.pdl)
             case = f"{H} heads, {w.shape[1]} to {w.shape[2]}, {str(dtype).removeprefix('torch.')}"
             yield Launch(case, project_kernel, arguments, tiles.num_warps, 2, matrix=False)
+
+
+@space("row_linear")
+def row_linear(arch: Arch) -> Iterator[Launch]:
+    """One to four layers on a row, with and without biases; sizes that fill the blocks and that do not."""
+    from .row_linear import row_linear_launch, row_tiles
+    from .row_linear_kernel import row_linear_kernel
+
+    qkv, many = ((4096, (4096, 1024, 1024)), (2880, (4096, 512, 512))), (2048, (512,) * 4)
+    sizes = (*qkv, (14336, (4096,)), (7168, (128256,)), many)
+    for (inner, outputs), dtype, biased in product(sizes, DTYPES, (True, False)):
+        tiles = row_tiles(arch, sum(outputs), inner, dtype.itemsize)
+        weights = [meta(n, inner, dtype=dtype) for n in outputs]
+        rows = [meta(1, n, dtype=dtype) for n in outputs]
+        biases = [meta(n, dtype=dtype) for n in outputs] if biased else []
+        arguments = row_linear_launch(meta(1, inner, dtype=dtype), weights, biases, rows, tiles, arch.pdl)[0]
+        case = f"{inner} to {outputs}, {str(dtype).removeprefix('torch.')}{', biased' if biased else ''}"
+        yield Launch(case, row_linear_kernel, arguments, tiles.num_warps, 2, matrix=False)
