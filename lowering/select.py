@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,10 +19,22 @@ from .splice import Splicer
 
 logger = logging.getLogger("sm12x_compile")
 REFERENCE = "reference"
+LEFT_OUT = "left out by the option 'kernels'"
+
+
+class Chooser(Protocol):
+    """Chooses among the kernels that accept a call: a race."""
+
+    def choose(self, call: Call, accepted: Sequence[Kernel]) -> tuple[Kernel | None, list[tuple[str, str]]]: ...
 
 
 def lower(
-    gm: GraphModule, calls: Sequence[tuple[Site, Node]], options: Options, run: Arch, plan: Arch
+    gm: GraphModule,
+    calls: Sequence[tuple[Site, Node]],
+    options: Options,
+    run: Arch,
+    plan: Arch,
+    race: Chooser | None = None,
 ) -> None:
     """Give every call a kernel; the sites learn which, and who declined.
 
@@ -32,6 +44,7 @@ def lower(
         options: ``kernels`` allows or denies by name.
         run: the device at hand: what the graph will run on.
         plan: what the report is about (`run`, unless ``arch`` names another card).
+        race: chooses what runs; the first in order of merit, if not given.
     """
     splicer = Splicer(gm)
     # In the order of the graph: what calls share must stand before the first of them.
@@ -45,7 +58,7 @@ def lower(
         names: list[str] = []
         waiting = [node]
         for call_node in waiting:  # a kernel may be written in terms of another semantic op
-            name, refused = _lower_one(call_node, splicer, options, run, plan, waiting)
+            name, refused = _lower_one(call_node, splicer, options, run, plan, waiting, race)
             known = {*names, *(other for other, _ in site.refused)}
             site.refused += [no for no in refused if no[0] not in known]
             names.append(name)
@@ -53,12 +66,25 @@ def lower(
 
 
 def _lower_one(
-    node: Node, splicer: Splicer, options: Options, run: Arch, plan: Arch, waiting: list[Node]
+    node: Node,
+    splicer: Splicer,
+    options: Options,
+    run: Arch,
+    plan: Arch,
+    waiting: list[Node],
+    race: Chooser | None,
 ) -> tuple[str, list[tuple[str, str]]]:
     """Give one call its kernel; returns which is planned and who declined. Calls inside the kernel wait."""
     call = _call(node.target.name().split("::")[1].split(".")[0], node)  # type: ignore[union-attr]
-    planned, refused = choose(call, plan, options)
-    chosen, _ = choose(call, run, options)
+    if race is None:
+        chosen, refused = choose(call, run, options)
+    else:
+        accepted, refused = acceptances(call, run, options)
+        chosen, lost = race.choose(call, accepted)
+        refused = refused + lost
+    planned = chosen
+    if plan is not run:
+        planned, refused = choose(call, plan, options)
     if chosen is not None and chosen.overload is None:
         waiting += [n for n in splicer.inline(node, chosen) if _is_semantic(n)]
     elif chosen is not None:
@@ -80,13 +106,25 @@ def choose(call: Call, arch: Arch, options: Options) -> tuple[Kernel | None, lis
     refused: list[tuple[str, str]] = []
     for kernel in kernels(call.op):
         if not options.wants_kernel(kernel.name):
-            refused.append((kernel.name, "left out by the option 'kernels'"))
+            refused.append((kernel.name, LEFT_OUT))
             continue
         verdict = ask(kernel, call, arch)
         if verdict:
             return kernel, refused
         refused.append((kernel.name, verdict.reason if isinstance(verdict, No) else "declined"))
     return None, refused
+
+
+def acceptances(call: Call, arch: Arch, options: Options) -> tuple[list[Kernel], list[tuple[str, str]]]:
+    """All kernels that accept, in order of merit, and (name, why) of the others."""
+    accepted, refused = [], []
+    for kernel in kernels(call.op):
+        verdict = ask(kernel, call, arch) if options.wants_kernel(kernel.name) else No(LEFT_OUT)
+        if verdict:
+            accepted.append(kernel)
+        else:
+            refused.append((kernel.name, verdict.reason if isinstance(verdict, No) else "declined"))
+    return accepted, refused
 
 
 def ask(kernel: Kernel, call: Call, arch: Arch) -> Verdict:

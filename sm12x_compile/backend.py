@@ -169,6 +169,7 @@ def _say_once(report: Report, message: str) -> None:
 def _merge(new: Report, into: Report) -> None:
     into.sites += [replace(site, graph=into.graphs) for site in new.sites]
     into.captures += new.captures
+    into.races += new.races
     into.graphs += 1
     into.arch, into.planned, into.cuda_graph = new.arch, new.planned, new.cuda_graph
     for stage, seconds in new.seconds.items():

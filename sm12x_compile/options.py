@@ -25,8 +25,12 @@ class Options:
         codegen: ``inductor``, or ``eager`` (interpreted: quick to compile, easy to debug).
         cuda_graphs: ``auto``, True or False.
         capture: whether known reference functions become one node while tracing.
-        select: ``auto`` (``static`` for now) or ``static``: the first kernel in order of merit that accepts.
-        verify: ``auto`` or False.
+        select: ``static``: the first kernel in order of merit that accepts. ``race``: those that accept run on
+            random operands of the call's sizes; of those that agree with the reference the fastest wins, and the
+            verdict is kept on disk. ``auto``: ``race`` on a CUDA device, else ``static``.
+        race_seconds: how long one race may take; what has no turn by then is raced by the next process.
+        verify: whether the first call of each graph runs the user's own code beside every rewritten site, on the
+            real inputs, and falls back to it where they disagree. ``auto``: on an SM12x card.
         patterns: names of patterns to use, or to leave out when they begin with ``-``; None means all.
         kernels: names of kernels to use, or to leave out when they begin with ``-``; None means all.
         moe_weights: ``keep``.
@@ -37,6 +41,7 @@ class Options:
     cuda_graphs: bool | str = "auto"
     capture: bool = True
     select: str = "auto"
+    race_seconds: float = 3.0
     verify: bool | str = "auto"
     patterns: tuple[str, ...] | None = None
     kernels: tuple[str, ...] | None = None
@@ -67,8 +72,11 @@ class Options:
         _one_of("codegen", self.codegen, ("inductor", "eager"))
         _one_of("cuda_graphs", self.cuda_graphs, ("auto", True, False))
         _one_of("capture", self.capture, (True, False))
-        _one_of("select", self.select, ("auto", "static"), later={"race": "use 'static'"})
-        _one_of("verify", self.verify, ("auto", False), later={True: "use assert_rewritten"})
+        _one_of("select", self.select, ("auto", "race", "static"))
+        _one_of("verify", self.verify, ("auto", True, False))
+        seconds = self.race_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise OptionError(f"option 'race_seconds' takes a positive number of seconds, got {seconds!r}")
         _one_of("moe_weights", self.moe_weights, ("keep",), later={"mxfp4": "use 'keep'"})
         if not isinstance(self.arch, str):
             raise OptionError(f"option 'arch' takes a name, got {self.arch!r}")

@@ -14,6 +14,7 @@ from .lowering.select import lower
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
 from .options import Options
+from .race import Races, racing
 from .registry import Pattern, patterns
 from .report import Report, Site
 
@@ -45,7 +46,9 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     matched = time.perf_counter()
     sites = [site for site, _ in found]
     calls = [(site, call) for site, call in found if call is not None]
-    lower(normal, calls, options, run_arch, plan_arch)
+    race = Races(options, run_arch) if racing(options, run_arch) else None
+    lower(normal, calls, options, run_arch, plan_arch, race)
+    report.races += race.records if race else []
     clean(normal)
     declare_constants(normal)
     normal.graph.lint()

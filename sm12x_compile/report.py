@@ -130,9 +130,22 @@ class Report:
         ):  # fmt: skip
             for line in lines:
                 console.print(f"{label}: {line}")
+        for race in self.races:
+            console.print(f"race: {race_line(race)}")
         if self.cuda_graph[0] or self.cuda_graph[1]:
             console.print(f"CUDA graph: {'yes' if self.cuda_graph[0] else 'no'}, {self.cuda_graph[1] or ''}")
         return out.getvalue()
+
+
+def race_line(race: dict[str, Any]) -> str:
+    """One race in one line: the winner, the times of all who ran, why the others did not."""
+    if "why" in race:
+        return f"{race['op']}: {race['winner']}, {race['why']}"
+    shown = [
+        f"{e['name']} {e['seconds'] * 1e6:.1f} us" if e["status"] == "ran" else f"{e['name']} {e['reason']}"
+        for e in race["entries"]
+    ]
+    return f"{race['call']}: {race['winner'] or 'nobody'} ({'; '.join(shown)}; {race['source']})"
 
 
 def _folded(sites: list[Site]) -> list[list[Site]]:
