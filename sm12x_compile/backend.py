@@ -26,6 +26,7 @@ from .collect import active_reports
 from .normalize import NotNormalizable, example_value, written_arguments
 from .options import OptionError, Options
 from .pipeline import device_of, transform
+from .race.verify import Verification, verified
 from .report import Report
 
 logger = logging.getLogger("sm12x_compile")
@@ -91,14 +92,25 @@ def _compile(
         return _finish(gm, inputs, options, mode, report)
     normal = transformed.graph
     if options.codegen == "eager":
-        return _guarded(normal, gm)
+        return _verified(_guarded(normal, gm), transformed.verification, gm)
     try:
-        return _finish(normal, inputs, options, mode, report)
+        return _verified(_finish(normal, inputs, options, mode, report), transformed.verification, gm)
     except Exception as error:
         report.sites = []
         report.warn(f"a graph was left as it is: its rewritten form did not compile ({type(error).__name__}: {error})")
         logger.warning("the rewritten graph did not compile; the original is compiled instead", exc_info=True)
         return _finish(gm, inputs, options, mode, report)
+
+
+def _verified(compiled: Compiled, verification: Verification | None, gm: GraphModule) -> Compiled:
+    """With the first call held against the user's own graph, if that is wanted."""
+
+    def own_code() -> Compiled:
+        if captured_nodes(gm):
+            expand(gm)
+        return gm.forward
+
+    return verified(compiled, verification, own_code) if verification else compiled
 
 
 def _finish(

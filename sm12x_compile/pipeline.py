@@ -11,10 +11,12 @@ from torch.fx import GraphModule, Node
 
 from .arch import Arch, resolve
 from .lowering.select import lower
+from .marks import mark
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
 from .options import Options
 from .race import Races, racing
+from .race.verify import Verification, copied, verifies
 from .registry import Pattern, patterns
 from .report import Report, Site
 
@@ -28,6 +30,7 @@ class Transformed:
 
     graph: GraphModule
     sites: list[Site]
+    verification: Verification | None = None
 
 
 def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
@@ -42,6 +45,7 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     device = device_of(gm)
     run_arch, _ = resolve("auto", device)
     plan_arch, _ = resolve(options.arch, device)
+    original = copied(normal) if verifies(options, run_arch) else None
     found = recognise(normal, options)
     matched = time.perf_counter()
     sites = [site for site, _ in found]
@@ -56,7 +60,7 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     report.add_seconds("normalize", normalized - started)
     report.add_seconds("match", matched - normalized)
     report.add_seconds("lower", time.perf_counter() - matched)
-    return Transformed(normal, sites)
+    return Transformed(normal, sites, Verification(original, copied(normal)) if original else None)
 
 
 def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | None]]:
@@ -103,6 +107,7 @@ def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | 
         for write in outcome.obsolete:
             view.graph.erase_node(write)
         for node, value in ((outcome.node, outcome.value), *outcome.also):
+            mark(value, site, node)
             if node is not value:  # a call that stands there already is only reported
                 view.replace(node, value)
         logger.info("%s: %s -> %s %s", site.module or site.source, pattern.name, site.op, dict(outcome.tags))

@@ -69,6 +69,7 @@ class Report:
     cuda_graph: tuple[bool, str | None] = (False, None)
     weights: list[dict[str, Any]] = field(default_factory=list)
     races: list[dict[str, Any]] = field(default_factory=list)
+    verified: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     planned: bool = False
     arch: str = "cpu"
@@ -126,7 +127,7 @@ class Report:
         console.print(self.table())
         for label, lines in (
             ("graph break", self.graph_breaks), ("recompile", self.recompiles), ("host sync", self.syncs),
-            ("captured", self.captures), ("code rewritten", self.code_rewrites), ("warning", self.warnings),
+            ("captured", self.captures), ("code rewritten", self.code_rewrites), ("verified", self.verified), ("warning", self.warnings),
         ):  # fmt: skip
             for line in lines:
                 console.print(f"{label}: {line}")
