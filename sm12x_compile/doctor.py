@@ -6,21 +6,18 @@ import importlib.metadata
 import platform
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from rich.console import Group
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import arch as arch_records
 from .arch import Arch
 from .lowering.select import REFERENCE, choose
-from .ops import OPS
 from .options import Options
-from .registry import Call
+from .samples import samples
 
 Level = Literal["ok", "note", "broken"]
 
@@ -140,27 +137,6 @@ class Choice:
     refused: list[tuple[str, str]]
 
 
-def _samples() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(op, what it stands for, arguments): shapes of an 8B-parameter decoder. Run under a fake mode."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def rows(heads: int, length: int) -> torch.Tensor:
-        return torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device=device)
-
-    cache = rows(8, 4096)
-    filled = torch.empty((), dtype=torch.int64, device=device)
-    sinks = torch.empty(32, dtype=torch.bfloat16, device=device)
-    prompt, token = rows(32, 2048), rows(32, 1)
-    keys = rows(8, 2048)
-    yield "attention", "prompt, causal", dict(q=prompt, k=keys, v=keys, scale=0.088, causal=True)
-    yield "attention", "prompt, window and sinks", dict(
-        q=prompt, k=keys, v=keys, scale=0.088, causal=True, window_left=127, sinks=sinks)  # fmt: skip
-    yield "attention", "prompt, softcap", dict(
-        q=prompt, k=keys, v=keys, scale=0.088, causal=True, softcap=50.0)  # fmt: skip
-    yield "attention", "one token, static cache", dict(
-        q=token, k=cache, v=cache, scale=0.088, causal=True, q_offset=filled)  # fmt: skip
-
-
 def choices(arch: str = "auto") -> list[Choice]:
     """Which kernel would run a few sample calls of the ops that have kernels, and why others declined.
 
@@ -169,14 +145,9 @@ def choices(arch: str = "auto") -> list[Choice]:
     """
     record, _ = _arch(arch)
     found = []
-    with FakeTensorMode():
-        samples = list(_samples())
-    for op, sample, given in samples:
-        bound = OPS[op].signature.bind(**given)
-        bound.apply_defaults()
-        call = Call(op, dict(bound.arguments))
-        kernel, refused = choose(call, record, Options())
-        found.append(Choice(op, sample, kernel.name if kernel else REFERENCE, refused))
+    for sample in samples("cuda" if torch.cuda.is_available() else "cpu", large=True):
+        kernel, refused = choose(sample.call, record, Options())
+        found.append(Choice(sample.call.op, sample.title, kernel.name if kernel else REFERENCE, refused))
     return found
 
 

@@ -127,7 +127,8 @@ class Report:
         console.print(self.table())
         for label, lines in (
             ("graph break", self.graph_breaks), ("recompile", self.recompiles), ("host sync", self.syncs),
-            ("captured", self.captures), ("code rewritten", self.code_rewrites), ("verified", self.verified), ("warning", self.warnings),
+            ("captured", self.captures), ("code rewritten", self.code_rewrites),
+            ("verified", self.verified), ("warning", self.warnings),
         ):  # fmt: skip
             for line in lines:
                 console.print(f"{label}: {line}")
