@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from sm12x_compile.arch import Arch
 from sm12x_compile.ops import OPS
@@ -32,8 +32,7 @@ def lower(
     gm: GraphModule,
     calls: Sequence[tuple[Site, Node]],
     options: Options,
-    run: Arch,
-    plan: Arch,
+    arch: Arch,
     race: Chooser | None = None,
 ) -> None:
     """Give every call a kernel; the sites learn which, and who declined.
@@ -42,9 +41,8 @@ def lower(
         gm: the graph with calls of semantic ops.
         calls: the sites and their calls.
         options: ``kernels`` allows or denies by name.
-        run: the device at hand: what the graph will run on.
-        plan: what the report is about (`run`, unless ``arch`` names another card).
-        race: chooses what runs; the first in order of merit, if not given.
+        arch: what the graph will run on, or is planned for.
+        race: chooses among the kernels that accept; the first in order of merit, if not given.
     """
     splicer = Splicer(gm)
     # In the order of the graph: what calls share must stand before the first of them.
@@ -54,43 +52,47 @@ def lower(
         if op not in OPS or OPS[op].overload is not node.target:
             site.kernel = site.op  # a pattern of one's own may call any op
             continue
-        site.floor = floor(_call(op, node), plan)
+        site.floor = floor(_call(op, node), arch)
         names: list[str] = []
         waiting = [node]
         for call_node in waiting:  # a kernel may be written in terms of another semantic op
-            name, refused = _lower_one(call_node, splicer, options, run, plan, waiting, race)
+            name, refused = _lower_one(call_node, splicer, options, arch, waiting, race)
             known = {*names, *(other for other, _ in site.refused)}
             site.refused += [no for no in refused if no[0] not in known]
             names.append(name)
         site.kernel = " + ".join(names)
 
 
+def plan(gm: GraphModule, calls: Sequence[tuple[Site, Node]], options: Options, arch: Arch) -> None:
+    """Let the sites say what a card would get; the graph stays as it is. Arguments as for `lower`."""
+    copies: dict[Node, Node] = {}
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, copies))
+    lower(GraphModule(gm, graph), [(site, copies[call]) for site, call in calls], options, arch)
+
+
 def _lower_one(
     node: Node,
     splicer: Splicer,
     options: Options,
-    run: Arch,
-    plan: Arch,
+    arch: Arch,
     waiting: list[Node],
     race: Chooser | None,
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Give one call its kernel; returns which is planned and who declined. Calls inside the kernel wait."""
+    """Give one call its kernel; returns which, and who declined or lost. Calls inside the kernel wait."""
     call = _call(node.target.name().split("::")[1].split(".")[0], node)  # type: ignore[union-attr]
     if race is None:
-        chosen, refused = choose(call, run, options)
+        chosen, refused = choose(call, arch, options)
     else:
-        accepted, refused = acceptances(call, run, options)
+        accepted, refused = acceptances(call, arch, options)
         chosen, lost = race.choose(call, accepted)
         refused = refused + lost
-    planned = chosen
-    if plan is not run:
-        planned, refused = choose(call, plan, options)
     if chosen is not None and chosen.overload is None:
         waiting += [n for n in splicer.inline(node, chosen) if _is_semantic(n)]
     elif chosen is not None:
         assert chosen.overload is not None
         node.target = chosen.overload
-    return (planned.name if planned else REFERENCE), refused
+    return (chosen.name if chosen else REFERENCE), refused
 
 
 def _call(op: str, node: Node) -> Call:

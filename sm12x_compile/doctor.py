@@ -145,7 +145,7 @@ def choices(arch: str = "auto") -> list[Choice]:
     """
     record, _ = _arch(arch)
     found = []
-    for sample in samples("cuda" if torch.cuda.is_available() else "cpu", large=True):
+    for sample in samples("cpu", large=True):
         kernel, refused = choose(sample.call, record, Options())
         found.append(Choice(sample.call.op, sample.title, kernel.name if kernel else REFERENCE, refused))
     return found

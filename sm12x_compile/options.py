@@ -20,7 +20,7 @@ class Options:
 
     Attributes:
         arch: ``auto``, a card (``rtx5090``, ``rtxpro6000``, ``gb10``, ``h200``, ``h100``, ``b200``, ``a100``,
-            ``cpu``) or a family (``sm120``, ``sm121``, ...). Anything but the device at hand only *plans*:
+            ``l40s``, ``cpu``) or a family (``sm120``, ``sm121``, ...). Anything but the device at hand only *plans*:
             the report names the kernels that the card would get, and the graph runs what suits this one.
         codegen: ``inductor``, or ``eager`` (interpreted: quick to compile, easy to debug).
         cuda_graphs: ``auto``, True or False.

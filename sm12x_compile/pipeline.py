@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .arch import Arch, resolve
-from .lowering.select import lower
+from .lowering.select import lower, plan
 from .marks import mark
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
@@ -51,7 +51,10 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     sites = [site for site, _ in found]
     calls = [(site, call) for site, call in found if call is not None]
     race = Races(options, run_arch) if racing(options, run_arch) else None
-    lower(normal, calls, options, run_arch, plan_arch, race)
+    if plan_arch is not run_arch:
+        plan(normal, calls, options, plan_arch)
+        calls = [(replace(site, refused=[]), call) for site, call in calls]  # what runs here is not what is reported
+    lower(normal, calls, options, run_arch, race)
     report.races += race.records if race else []
     clean(normal)
     declare_constants(normal)

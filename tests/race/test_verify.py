@@ -181,7 +181,7 @@ def test_when_it_is_on() -> None:
 @pytest.mark.parametrize(
     ("name", "phase", "dtype"),
     [
-        ("llama", "static", torch.bfloat16),
+        pytest.param("llama", "static", torch.bfloat16, marks=pytest.mark.nightly),
         ("qwen3_next", "prefill", torch.bfloat16),
         pytest.param("llama", "decode", torch.float16, marks=pytest.mark.nightly),
         pytest.param("gpt_oss", "prefill", torch.bfloat16, marks=pytest.mark.nightly),
