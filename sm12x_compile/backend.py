@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
 from .arch import resolve
@@ -58,7 +59,10 @@ def sm12x(
     Raises:
         OptionError: an option is unknown or has a value that is not allowed.
     """
-    parsed = Options.parse(options)
+    try:
+        parsed = Options.parse(options)
+    except OptionError as error:
+        raise _Shown(str(error)) from None
     wrap.install()  # after `uninstall`, the first call is where we learn that we are back
     install()
     arch, planned = resolve(parsed.arch, device_of(gm))
@@ -68,6 +72,16 @@ def sm12x(
     for collected in active_reports():
         _merge(report, collected)
     return compiled
+
+
+class _Shown(OptionError, ShortenTraceback):
+    """A mistake in the options, as the user sees it: Dynamo would wrap any other exception in its own."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+_Shown.__name__ = _Shown.__qualname__ = "OptionError"
 
 
 def _compile(
