@@ -7,6 +7,7 @@ From the call to the verdict:
     judge.py     whether two results differ by more than rounding
     timing.py    CUDA graphs, or the clock
     contest.py   the race itself, which knows of no device
+    compiling.py whether a kernel is only being compiled
     verdicts.py  verdicts on disk
     entrant.py   a kernel in a race
     races.py     which kernels race while a graph is compiled

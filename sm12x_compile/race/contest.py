@@ -5,6 +5,7 @@ Nothing here knows of a device. What a candidate is, how it is checked and how i
 A candidate is out if it raises, gives wrong numbers, or is not done within `patience`. It runs in a thread of its
 own, which is left behind if it does not come back: a thread cannot be ended, and neither can a kernel that a GPU is
 busy with. So behind a candidate that hangs the race is over, and those that were not tried are neither in nor out.
+One that is still being compiled is left to its compiler, and raced by the next process.
 A process that dies of a candidate cannot report it; the `strikes` that `verdicts.py` keeps on disk can.
 """
 
@@ -33,6 +34,7 @@ class Candidate(Protocol):
     """What runs in a race."""
 
     name: str
+    abandoned: bool  # set when it is not waited for: it must do no more
 
     def check(self) -> float:
         """Run on fresh operands; the relative error.
@@ -111,6 +113,7 @@ def contest(
     clock: Callable[[], float] = time.monotonic,
     strikes: Strikes | None = None,
     step: Callable[[str, int], None] = lambda name, number: None,
+    compiling: Callable[[], str | None] = lambda: None,
 ) -> Verdict:
     """Race.
 
@@ -121,6 +124,7 @@ def contest(
         clock: seconds.
         strikes: who was running when earlier processes ended; those go last, or are out.
         step: called before each candidate, with its name and number.
+        compiling: the compiler that the process is waiting for, if there is one.
     """
     strikes = strikes or NoStrikes()
     begun, hung, late = clock(), "", False
@@ -138,17 +142,21 @@ def contest(
         else:
             step(name, number)
             strikes.begin(name)
-            entry, came_back = _try(candidate, patience)
-            if came_back:
+            found[name] = _try(candidate, patience)
+            if not candidate.abandoned:
                 strikes.end(name)
+            elif compiler := compiling():
+                strikes.end(name)
+                late = True
+                reason = f"{compiler} is still compiling it; it is raced the next time"
+                found[name] = Entry(name, "not raced", reason=reason)
             else:
                 hung = name
-            found[name] = entry
     return Verdict(tuple(found[c.name] for c in candidates), complete=not (hung or late))
 
 
-def _try(candidate: Candidate, patience: float) -> tuple[Entry, bool]:
-    """Check and time one; the second is False if it did not come back."""
+def _try(candidate: Candidate, patience: float) -> Entry:
+    """Check and time one; it is abandoned if it does not come back."""
     box: dict[str, Any] = {}
 
     def work() -> None:
@@ -163,14 +171,15 @@ def _try(candidate: Candidate, patience: float) -> tuple[Entry, bool]:
     thread.join(patience)
     name = candidate.name
     if thread.is_alive():
-        return Entry(name, "out", reason=f"did not come back within {patience:g} s"), False
+        candidate.abandoned = True
+        return Entry(name, "out", reason=f"did not come back within {patience:g} s")
     raised = box.get("raised")
     if isinstance(raised, Wrong):
-        return Entry(name, "out", reason=str(raised)), True
+        return Entry(name, "out", reason=str(raised))
     if raised is not None:
         first = (str(raised).strip().splitlines() or [""])[0]
-        return Entry(name, "out", reason=f"raised {type(raised).__name__}: {first[:200]}"), True
-    return Entry(name, "ran", seconds=box["seconds"], error=box["error"]), True
+        return Entry(name, "out", reason=f"raised {type(raised).__name__}: {first[:200]}")
+    return Entry(name, "ran", seconds=box["seconds"], error=box["error"])
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:

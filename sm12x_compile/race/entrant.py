@@ -130,6 +130,7 @@ class Entrant:
 
     kernel: Kernel
     field: Field
+    abandoned: bool = False
 
     def __post_init__(self) -> None:
         self.name = self.kernel.name
@@ -159,6 +160,8 @@ class Entrant:
             return self.field.timer.seconds([partial(self._run, **arguments) for arguments in sets])
 
     def _run(self, **arguments: Any) -> Any:
+        if self.abandoned:
+            raise RuntimeError("nobody waits for this kernel any more")
         if self.kernel.overload is not None:
             return self.kernel.overload(**arguments)
         if self._inner == []:

@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ..arch import Arch
 from ..options import Options
 from ..registry import Call, Kernel
+from .compiling import compiler_at_work
 from .contest import PATIENCE, Verdict, contest
 from .entrant import Entrant, Field
 from .identity import device_key, kernel_key, versions
@@ -101,6 +102,7 @@ class Races:
             verdict = contest(
                 [Entrant(kernel, field) for kernel in entrants],
                 bound=self.options.race_seconds, patience=self.patience, strikes=self.verdicts.strikes(key), step=step,
+                compiling=compiler_at_work,
             )  # fmt: skip
         field.sets.clear()
         return verdict

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sm12x_compile.race.compiling import compiler_at_work
 from sm12x_compile.race.contest import Entry, Verdict, Wrong, contest, from_json, to_json
 from sm12x_compile.race.verdicts import Verdicts
 
@@ -17,6 +18,8 @@ KEY = {"call": "something", "device": "a card"}
 
 class Fake:
     """A candidate that takes so long, or does something bad instead."""
+
+    abandoned = False
 
     def __init__(self, name: str, seconds: float = 1.0, bad: Callable[[], float] | None = None) -> None:
         self.name, self._seconds, self._bad = name, seconds, bad
@@ -100,6 +103,32 @@ def test_the_bound_ends_the_race_but_someone_has_run() -> None:
     # The bound alone does not stop the search for one that is right.
     late = contest([Fake("x", 1.0, lambda: slow() or raising(Wrong("no"))()), Fake("y", 1.0)], clock=lambda: now[0])
     assert late.winner == "y"
+
+
+def test_one_that_is_still_compiled_is_raced_another_time(tmp_path: Path) -> None:
+    release, where = threading.Event(), Verdicts(tmp_path)
+
+    def compile_first() -> float:
+        release.wait(60)
+        return 0.0
+
+    slow = Fake("slow to build", 0.1, compile_first)
+    verdict = contest([slow, Fake("other", 1.0)], patience=0.2, strikes=where.strikes(KEY), compiling=lambda: "nvcc")
+    release.set()
+    assert verdict.winner == "other" and verdict.out == {} and not verdict.complete
+    assert verdict.entries[0].reason == "nvcc is still compiling it; it is raced the next time"
+    assert where.strikes(KEY).count("slow to build") == 0 and slow.abandoned
+
+
+def test_compilers_are_found_below_this_process(tmp_path: Path) -> None:
+    for number, name, children in (("1", "python", "2 3"), ("2", "bash", "4"), ("3", "python", ""), ("4", "nvcc", "")):
+        task = tmp_path / number / "task" / number
+        task.mkdir(parents=True)
+        (task / "children").write_text(children)
+        (tmp_path / number / "comm").write_text(name + "\n")
+    assert compiler_at_work(1, tmp_path) == "nvcc"
+    assert compiler_at_work(3, tmp_path) is None and compiler_at_work(99, tmp_path) is None
+    assert compiler_at_work() is None
 
 
 # ---------------------------------------------------------------- a process that ends in the middle
