@@ -21,7 +21,7 @@ from .options import Options
 from .race.contest import Entry, contest
 from .race.entrant import Entrant, Field
 from .race.identity import versions
-from .race.races import device_of
+from .race.races import device_of, free_bytes
 from .race.spec import CannotRace, describe, title
 from .race.timing import DeviceTimer, HostTimer, Timer
 from .registry import Kernel
@@ -99,7 +99,7 @@ def _league(sample: Sample, arch: Arch, options: Options, timer: Timer | None) -
 
     try:
         spec, device = describe(call), device_of(call)
-        free = (lambda: torch.cuda.mem_get_info(device)[0]) if arch.is_cuda else None
+        free = (lambda: free_bytes(device, arch)) if arch.is_cuda else None
         field = Field(spec, device, arch, options, timer, seed=0, free_bytes=free)
         verdict = contest([Timed(k, field) for k in accepted], bound=float("inf"), patience=SLOW)
         entries: Sequence[Entry] = verdict.entries

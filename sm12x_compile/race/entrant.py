@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -82,6 +83,22 @@ class Field:
         else:
             self.copies = SETS
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Work on the device, on a stream that nobody else waits for: a kernel that hangs must not hold up the model."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):  # a new thread begins on device 0
+            with torch.cuda.stream(self.stream):
+                yield
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        return stream
+
     @cached_property
     def examples(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """Arguments of the size that the reference can take, and its results with what it wrote."""
@@ -138,7 +155,7 @@ class Entrant:
 
     def check(self) -> float:
         """Against the reference where that can be had, at full size for NaN and infinities."""
-        with _device(self.field.device), torch.no_grad():
+        with self.field.apart(), torch.no_grad():
             worst = 0.0
             regular = True
             for arguments, truth in self.field.examples:
@@ -155,7 +172,7 @@ class Entrant:
             return worst
 
     def seconds(self) -> float:
-        with _device(self.field.device), torch.no_grad():
+        with self.field.apart(), torch.no_grad():
             sets = [self.field.full(n) for n in range(self.field.copies)]
             return self.field.timer.seconds([partial(self._run, **arguments) for arguments in sets])
 
@@ -171,8 +188,3 @@ class Entrant:
             result = self.kernel.run(**arguments)
         self._inner = inner
         return result
-
-
-def _device(device: torch.device) -> torch.device | torch.cuda.device:
-    """A new thread begins on device 0."""
-    return torch.cuda.device(device) if device.type == "cuda" else device

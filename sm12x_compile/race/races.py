@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ..arch import Arch
 from ..options import Options
 from ..registry import Call, Kernel
+from ..toolchain import available_memory
 from .compiling import compiler_at_work
 from .contest import PATIENCE, Verdict, contest
 from .entrant import Entrant, Field
@@ -96,7 +97,7 @@ class Races:
         return verdict
 
     def _race(self, spec: Spec, device: torch.device, entrants: Sequence[Kernel], key: dict[str, Any]) -> Verdict:
-        free = (lambda: _free_bytes(device)) if device.type == "cuda" else None
+        free = (lambda: free_bytes(device, self.arch)) if device.type == "cuda" else None
         field = Field(spec, device, self.arch, self.options, self.timer, seed=_seed(), free_bytes=free)
         with _progress(title(spec), len(entrants)) as step:
             verdict = contest(
@@ -147,10 +148,13 @@ def device_of(call: Call) -> torch.device:
     return device
 
 
-def _free_bytes(device: torch.device) -> int:
-    """What may be allocated without the driver running out, the allocator's own reserve included."""
+def free_bytes(device: torch.device, arch: Arch) -> int:
+    """What may be allocated on a GPU without running out, the allocator's own reserve included."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + cached
+    free = int(torch.cuda.mem_get_info(device)[0])
+    if arch.unified_memory:  # the driver counts the page cache as used; Linux gives it back
+        free = max(free, available_memory() or 0)
+    return free + cached
 
 
 def _seed() -> int:
