@@ -51,8 +51,8 @@ def test_tritons_assembler_knows_every_card(card: str) -> None:
 
 def test_an_assembler_that_does_not_know_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    old = script(tmp_path / "ptxas", "case $1 in --version) echo release 12.0, V12.0.1;; "
-                                     "*) echo \"fatal: Value 'sm_120a' is not defined\" >&2; exit 1;; esac")  # fmt: skip
+    says = "case $1 in --version) echo release 12.0, V12.0.1;; *) echo \"Value 'sm_120a' is not defined\" >&2; exit 1;;"
+    old = script(tmp_path / "ptxas", f"{says} esac")
     monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", old)
     check = toolchain.check_assembler(CARD)
     assert check.level == "broken" and not doctor.healthy([check])

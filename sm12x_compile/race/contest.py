@@ -6,7 +6,9 @@ A candidate is out if it raises, gives wrong numbers, or is not done within `pat
 own, which is left behind if it does not come back: a thread cannot be ended, and neither can a kernel that a GPU is
 busy with. So behind a candidate that hangs the race is over, and those that were not tried are neither in nor out.
 One that is still being compiled is left to its compiler, and raced by the next process.
-A process that dies of a candidate cannot report it; the `strikes` that `verdicts.py` keeps on disk can.
+A process that dies of a candidate cannot report it; the `strikes` that `verdicts.py` keeps on disk can. Nor can this
+process go on behind an illegal memory access: the CUDA context is lost, and whoever runs next would be blamed. So the
+device is asked whether it still works behind everyone who failed.
 """
 
 from __future__ import annotations
@@ -93,6 +95,7 @@ class Strikes(Protocol):
     def count(self, name: str) -> int: ...
     def begin(self, name: str) -> None: ...
     def end(self, name: str) -> None: ...
+    def condemn(self, name: str) -> None: ...
 
 
 class NoStrikes:
@@ -103,6 +106,7 @@ class NoStrikes:
 
     def begin(self, name: str) -> None: ...
     def end(self, name: str) -> None: ...
+    def condemn(self, name: str) -> None: ...
 
 
 def contest(
@@ -114,6 +118,7 @@ def contest(
     strikes: Strikes | None = None,
     step: Callable[[str, int], None] = lambda name, number: None,
     compiling: Callable[[], str | None] = lambda: None,
+    works: Callable[[], bool] = lambda: True,
 ) -> Verdict:
     """Race.
 
@@ -125,17 +130,18 @@ def contest(
         strikes: who was running when earlier processes ended; those go last, or are out.
         step: called before each candidate, with its name and number.
         compiling: the compiler that the process is waiting for, if there is one.
+        works: whether the device can still be used.
     """
     strikes = strikes or NoStrikes()
-    begun, hung, late = clock(), "", False
+    begun, over, late = clock(), "", False
     found: dict[str, Entry] = {}
     for number, candidate in enumerate(sorted(candidates, key=lambda c: strikes.count(c.name)), 1):
         name = candidate.name
         if strikes.count(name) >= STRIKES:
-            reason = f"the process ended, or it hung, the last {strikes.count(name)} times that it was tried"
+            reason = "it hung, or the process or the device was lost, when it was tried before"
             found[name] = Entry(name, "out", reason=reason)
-        elif hung:
-            found[name] = Entry(name, "not raced", reason=f"{hung} hangs, and may keep the device busy")
+        elif over:
+            found[name] = Entry(name, "not raced", reason=over)
         elif clock() - begun > bound and any(e.status == "ran" for e in found.values()):
             late = True
             found[name] = Entry(name, "not raced", reason=f"the race's {bound:g} s were up")
@@ -143,7 +149,10 @@ def contest(
             step(name, number)
             strikes.begin(name)
             found[name] = _try(candidate, patience)
-            if not candidate.abandoned:
+            if found[name].status == "out" and not candidate.abandoned and not works():
+                over = f"{name} has made the device unusable for this process; start it again, without that kernel"
+                strikes.condemn(name)
+            elif not candidate.abandoned:
                 strikes.end(name)
             elif compiler := compiling():
                 strikes.end(name)
@@ -151,8 +160,8 @@ def contest(
                 reason = f"{compiler} is still compiling it; it is raced the next time"
                 found[name] = Entry(name, "not raced", reason=reason)
             else:
-                hung = name
-    return Verdict(tuple(found[c.name] for c in candidates), complete=not (hung or late))
+                over = f"{name} hangs, and may keep the device busy"
+    return Verdict(tuple(found[c.name] for c in candidates), complete=not (over or late))
 
 
 def _try(candidate: Candidate, patience: float) -> Entry:

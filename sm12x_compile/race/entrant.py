@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,13 +87,25 @@ class Field:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Work on the device, on a stream that nobody else waits for: a kernel that hangs must not hold up the model."""
+        """Work on a stream that nobody else waits for: a kernel that hangs must not hold up the model."""
         if self.device.type != "cuda":
             yield
             return
-        with torch.cuda.device(self.device):  # a new thread begins on device 0
-            with torch.cuda.stream(self.stream):
-                yield
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):  # a new thread begins on device 0
+            yield
+
+    def works(self) -> bool:
+        """Whether the device still computes; an illegal memory access ends that for the whole process."""
+        sums: list[int] = []
+
+        def compute() -> None:
+            with contextlib.suppress(RuntimeError):
+                sums.append(int(torch.ones(2, device=self.device).sum()))
+
+        thread = threading.Thread(target=compute, daemon=True)  # without the compiler's modes, as entrants run
+        thread.start()
+        thread.join(10.0)
+        return sums == [2]
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:

@@ -103,7 +103,7 @@ class Races:
             verdict = contest(
                 [Entrant(kernel, field) for kernel in entrants],
                 bound=self.options.race_seconds, patience=self.patience, strikes=self.verdicts.strikes(key), step=step,
-                compiling=compiler_at_work,
+                compiling=compiler_at_work, works=field.works,
             )  # fmt: skip
         field.sets.clear()
         return verdict

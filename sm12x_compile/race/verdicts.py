@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .contest import Verdict, from_json, to_json
+from .contest import STRIKES, Verdict, from_json, to_json
 
 try:
     import fcntl
@@ -98,6 +98,11 @@ class DiskStrikes:
 
     def begin(self, name: str) -> None:
         self._counts[name] = self._before.get(name, 0) + 1
+        _write(self.path, self._counts)
+
+    def condemn(self, name: str) -> None:
+        """It is not tried again."""
+        self._counts[name] = STRIKES
         _write(self.path, self._counts)
 
     def end(self, name: str) -> None:

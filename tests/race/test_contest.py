@@ -131,6 +131,27 @@ def test_compilers_are_found_below_this_process(tmp_path: Path) -> None:
     assert compiler_at_work() is None
 
 
+def test_one_that_loses_the_device_is_named_and_the_others_are_not_blamed(tmp_path: Path) -> None:
+    where, lost = Verdicts(tmp_path), [False]
+
+    def illegal_access() -> float:
+        lost[0] = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def needs_the_device() -> float:
+        assert not lost[0], "blamed for what another has done"
+        return 0.0
+
+    runners = [Fake("bad", 0.1, illegal_access), Fake("good", 1.0, needs_the_device)]
+    verdict = contest(runners, strikes=where.strikes(KEY), works=lambda: not lost[0])
+    assert set(verdict.out) == {"bad"} and not verdict.complete
+    assert "bad has made the device unusable" in (verdict.entries[1].reason or "")
+    # The next process does not try it.
+    lost[0] = False
+    verdict = contest(runners, strikes=where.strikes(KEY), works=lambda: not lost[0])
+    assert verdict.winner == "good" and set(verdict.out) == {"bad"} and verdict.complete
+
+
 # ---------------------------------------------------------------- a process that ends in the middle
 
 
@@ -164,7 +185,7 @@ def test_whoever_ran_when_a_process_ended_goes_last_and_then_out(tmp_path: Path)
     die_while("a", where, runners)
     verdict = contest(runners, strikes=where.strikes(KEY))
     assert verdict.winner == "b"
-    assert verdict.out == {"a": "the process ended, or it hung, the last 2 times that it was tried"}
+    assert verdict.out == {"a": "it hung, or the process or the device was lost, when it was tried before"}
 
 
 # ---------------------------------------------------------------- on disk
