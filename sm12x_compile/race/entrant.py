@@ -94,6 +94,11 @@ class Field:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):  # a new thread begins on device 0
             yield
 
+    def release(self) -> None:
+        """Give the operands' memory back."""
+        self.sets.clear()
+        self.__dict__.pop("examples", None)
+
     def works(self) -> bool:
         """Whether the device still computes; an illegal memory access ends that for the whole process."""
         sums: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -96,16 +97,19 @@ class Races:
         self._record(spec, verdict, source, time.monotonic() - begun)
         return verdict
 
-    def _race(self, spec: Spec, device: torch.device, entrants: Sequence[Kernel], key: dict[str, Any]) -> Verdict:
+    def _race(self, spec: Spec, device: torch.device, kernels: Sequence[Kernel], key: dict[str, Any]) -> Verdict:
         free = (lambda: free_bytes(device, self.arch)) if device.type == "cuda" else None
         field = Field(spec, device, self.arch, self.options, self.timer, seed=_seed(), free_bytes=free)
+        entrants = [Entrant(kernel, field) for kernel in kernels]
         with _progress(title(spec), len(entrants)) as step:
             verdict = contest(
-                [Entrant(kernel, field) for kernel in entrants],
-                bound=self.options.race_seconds, patience=self.patience, strikes=self.verdicts.strikes(key), step=step,
-                compiling=compiler_at_work, works=field.works,
+                entrants, bound=self.options.race_seconds, patience=self.patience,
+                strikes=self.verdicts.strikes(key), step=step, compiling=compiler_at_work, works=field.works,
             )  # fmt: skip
-        field.sets.clear()
+        field.release()
+        if device.type == "cuda" and not any(entrant.abandoned for entrant in entrants):
+            with contextlib.suppress(RuntimeError):  # a device that was lost
+                torch.cuda.empty_cache()  # memory of the race's stream serves no other
         return verdict
 
     def _record(self, spec: Spec, verdict: Verdict, source: str, seconds: float) -> None:
