@@ -196,3 +196,20 @@ def test_models_that_are_right_are_not_suspected(name: str, phase: Any, dtype: t
     assert report.warnings == [] and len(report.verified) == sum(1 for _ in {s.graph for s in report.rewritten})
     sites = sum(int(line.split()[0]) for line in report.verified)
     assert sites == len(report.rewritten)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_symbolic_sizes_and_inference_mode(mode: Any) -> None:
+    def step(x: Tensor, cache: Tensor) -> Tensor:
+        cache[:, :, : x.shape[2]] = x
+        return torch.softmax(x @ cache.mT * 0.3, -1) @ cache
+
+    compiled = torch.compile(step, backend="sm12x", dynamic=True, options={**OPTIONS, "select": "race"})
+    with mode(), sm12x_compile.collect() as report:
+        for tokens, slots in ((5, 40), (7, 56)):
+            x, cache = torch.randn(1, 2, tokens, 16), torch.randn(1, 2, slots, 16)
+            expected_cache = cache.clone()
+            expected = step(x, expected_cache)
+            torch.testing.assert_close(compiled(x, cache), expected)
+            torch.testing.assert_close(cache, expected_cache)
+    assert report.warnings == [] and report.verified and report.races
