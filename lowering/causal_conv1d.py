@@ -45,7 +45,7 @@ def aten_conv1d(
 
 
 def _accepts_step(call: Call, arch: Arch) -> Verdict:
-    if call.x.device.type != "cpu":
+    if arch.is_cuda:
         return No("looks at the slots on the host")
     dtypes = {call.x.dtype, call.w.dtype, call.state_pool.dtype}
     return YES if len(dtypes) == 1 else No(f"takes one dtype, not {', '.join(sorted(map(str, dtypes)))}")

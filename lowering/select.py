@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from sm12x_compile.arch import Arch
 from sm12x_compile.ops import OPS
@@ -19,10 +19,21 @@ from .splice import Splicer
 
 logger = logging.getLogger("sm12x_compile")
 REFERENCE = "reference"
+LEFT_OUT = "left out by the option 'kernels'"
+
+
+class Chooser(Protocol):
+    """Chooses among the kernels that accept a call: a race."""
+
+    def choose(self, call: Call, accepted: Sequence[Kernel]) -> tuple[Kernel | None, list[tuple[str, str]]]: ...
 
 
 def lower(
-    gm: GraphModule, calls: Sequence[tuple[Site, Node]], options: Options, run: Arch, plan: Arch
+    gm: GraphModule,
+    calls: Sequence[tuple[Site, Node]],
+    options: Options,
+    arch: Arch,
+    race: Chooser | None = None,
 ) -> None:
     """Give every call a kernel; the sites learn which, and who declined.
 
@@ -30,8 +41,8 @@ def lower(
         gm: the graph with calls of semantic ops.
         calls: the sites and their calls.
         options: ``kernels`` allows or denies by name.
-        run: the device at hand: what the graph will run on.
-        plan: what the report is about (`run`, unless ``arch`` names another card).
+        arch: what the graph will run on, or is planned for.
+        race: chooses among the kernels that accept; the first in order of merit, if not given.
     """
     splicer = Splicer(gm)
     # In the order of the graph: what calls share must stand before the first of them.
@@ -41,30 +52,47 @@ def lower(
         if op not in OPS or OPS[op].overload is not node.target:
             site.kernel = site.op  # a pattern of one's own may call any op
             continue
-        site.floor = floor(_call(op, node), plan)
+        site.floor = floor(_call(op, node), arch)
         names: list[str] = []
         waiting = [node]
         for call_node in waiting:  # a kernel may be written in terms of another semantic op
-            name, refused = _lower_one(call_node, splicer, options, run, plan, waiting)
+            name, refused = _lower_one(call_node, splicer, options, arch, waiting, race)
             known = {*names, *(other for other, _ in site.refused)}
             site.refused += [no for no in refused if no[0] not in known]
             names.append(name)
         site.kernel = " + ".join(names)
 
 
+def plan(gm: GraphModule, calls: Sequence[tuple[Site, Node]], options: Options, arch: Arch) -> None:
+    """Let the sites say what a card would get; the graph stays as it is. Arguments as for `lower`."""
+    copies: dict[Node, Node] = {}
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, copies))
+    lower(GraphModule(gm, graph), [(site, copies[call]) for site, call in calls], options, arch)
+
+
 def _lower_one(
-    node: Node, splicer: Splicer, options: Options, run: Arch, plan: Arch, waiting: list[Node]
+    node: Node,
+    splicer: Splicer,
+    options: Options,
+    arch: Arch,
+    waiting: list[Node],
+    race: Chooser | None,
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Give one call its kernel; returns which is planned and who declined. Calls inside the kernel wait."""
+    """Give one call its kernel; returns which, and who declined or lost. Calls inside the kernel wait."""
     call = _call(node.target.name().split("::")[1].split(".")[0], node)  # type: ignore[union-attr]
-    planned, refused = choose(call, plan, options)
-    chosen, _ = choose(call, run, options)
+    if race is None:
+        chosen, refused = choose(call, arch, options)
+    else:
+        accepted, refused = acceptances(call, arch, options)
+        chosen, lost = race.choose(call, accepted)
+        refused = refused + lost
     if chosen is not None and chosen.overload is None:
         waiting += [n for n in splicer.inline(node, chosen) if _is_semantic(n)]
     elif chosen is not None:
         assert chosen.overload is not None
         node.target = chosen.overload
-    return (planned.name if planned else REFERENCE), refused
+    return (chosen.name if chosen else REFERENCE), refused
 
 
 def _call(op: str, node: Node) -> Call:
@@ -80,13 +108,25 @@ def choose(call: Call, arch: Arch, options: Options) -> tuple[Kernel | None, lis
     refused: list[tuple[str, str]] = []
     for kernel in kernels(call.op):
         if not options.wants_kernel(kernel.name):
-            refused.append((kernel.name, "left out by the option 'kernels'"))
+            refused.append((kernel.name, LEFT_OUT))
             continue
         verdict = ask(kernel, call, arch)
         if verdict:
             return kernel, refused
         refused.append((kernel.name, verdict.reason if isinstance(verdict, No) else "declined"))
     return None, refused
+
+
+def acceptances(call: Call, arch: Arch, options: Options) -> tuple[list[Kernel], list[tuple[str, str]]]:
+    """All kernels that accept, in order of merit, and (name, why) of the others."""
+    accepted, refused = [], []
+    for kernel in kernels(call.op):
+        verdict = ask(kernel, call, arch) if options.wants_kernel(kernel.name) else No(LEFT_OUT)
+        if verdict:
+            accepted.append(kernel)
+        else:
+            refused.append((kernel.name, verdict.reason if isinstance(verdict, No) else "declined"))
+    return accepted, refused
 
 
 def ask(kernel: Kernel, call: Call, arch: Arch) -> Verdict:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sm12x_compile.graph_view import GraphView, is_view
+from sm12x_compile.marks import moved
 from sm12x_compile.ops import OPS
 from sm12x_compile.registry import Kernel
 
@@ -42,9 +43,11 @@ class Splicer:
                 # An equal call was inlined already: two results of the user's must not share memory.
                 result = self._body(body, inputs, share=False)
         if isinstance(result, Node):
+            moved(node, result)
             self.view.replace(node, result)
         else:
             for pick in list(node.users):  # an op with several results is read through getitem
+                moved(pick, result[pick.args[1]])  # type: ignore[index]
                 self.view.replace(pick, result[pick.args[1]])  # type: ignore[index]
                 self.gm.graph.erase_node(pick)
         self.gm.graph.erase_node(node)

@@ -86,6 +86,10 @@ CARDS: dict[str, Arch] = {
         Arch(name="a100", family="sm8x", capability=(8, 0), sm_count=108, smem_per_block=163 * KIB,
              smem_per_sm=164 * KIB, warps_per_sm=64, l2_bytes=40 * KIB**2, memory_bytes=80 * KIB**3,
              bandwidth=2.039e12, bf16_flops=312e12),
+        # Ada: no fact beyond Ampere's that a kernel of ours asks for, and 99 KiB a block.
+        Arch(name="l40s", family="sm8x", capability=(8, 9), sm_count=142, smem_per_block=99 * KIB,
+             smem_per_sm=100 * KIB, warps_per_sm=48, l2_bytes=96 * KIB**2, memory_bytes=48 * KIB**3,
+             bandwidth=864e9, bf16_flops=362e12),
         # Rates of a CPU are only there so that floors can be printed: two cores' worth of AVX-512.
         Arch(name="cpu", family="cpu", capability=(0, 0), sm_count=0, smem_per_block=0, smem_per_sm=0,
              warps_per_sm=0, l2_bytes=0, memory_bytes=0, bandwidth=2e10, bf16_flops=2e11),
@@ -93,7 +97,7 @@ CARDS: dict[str, Arch] = {
 }  # fmt: skip
 
 ALIASES = {
-    "sm120": "rtx5090", "sm121": "gb10", "sm90": "h200", "sm100": "b200", "sm80": "a100",
+    "sm120": "rtx5090", "sm121": "gb10", "sm90": "h200", "sm100": "b200", "sm80": "a100", "sm89": "l40s",
 }  # fmt: skip
 
 _FAMILY_OF_MAJOR = {8: "sm8x", 9: "sm9x", 10: "sm10x", 12: "sm12x"}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._dynamo.exc import ShortenTraceback
 from torch.fx import GraphModule
 
 from .arch import resolve
@@ -31,6 +32,7 @@ from .normalize import NotNormalizable, example_value, written_arguments
 from .options import OptionError, Options
 from .pipeline import device_of, transform
 from .quantize import QUANTIZE
+from .race.verify import Verification, verified
 from .report import Report
 
 logger = logging.getLogger("sm12x_compile")
@@ -62,7 +64,10 @@ def sm12x(
     Raises:
         OptionError: an option is unknown or has a value that is not allowed.
     """
-    parsed = Options.parse(options)
+    try:
+        parsed = Options.parse(options)
+    except OptionError as error:
+        raise _Shown(str(error)) from None
     wrap.install()  # after `uninstall`, the first call is where we learn that we are back
     install()
     arch, planned = resolve(parsed.arch, device_of(gm))
@@ -76,6 +81,16 @@ def sm12x(
         _merge(report, collected)
         outcome.tell(collected)
     return compiled
+
+
+class _Shown(OptionError, ShortenTraceback):
+    """A mistake in the options, as the user sees it: Dynamo would wrap any other exception in its own."""
+
+    def __init__(self, message: str) -> None:
+        ShortenTraceback.__init__(self, message, first_useful_frame=None)
+
+
+_Shown.__name__ = _Shown.__qualname__ = "OptionError"
 
 
 def _compile(gm: GraphModule, options: Options, report: Report, finish: Finish) -> Compiled:
@@ -101,14 +116,26 @@ def _compile(gm: GraphModule, options: Options, report: Report, finish: Finish) 
     extra = () if hoisted is None else hoisted.fakes
     if options.codegen == "eager":
         finish.decide(normal)
-        return _with_prepared(hoisted, _guarded(normal, gm, len(finish.inputs)), report)
+        prepared = _with_prepared(hoisted, _guarded(normal, gm, len(finish.inputs)), report)
+        return _verified(prepared, transformed.verification, gm)
     try:
-        return _with_prepared(hoisted, finish(normal, extra), report)
+        return _verified(_with_prepared(hoisted, finish(normal, extra), report), transformed.verification, gm)
     except Exception as error:
         report.sites = []
         report.warn(f"a graph was left as it is: its rewritten form did not compile ({type(error).__name__}: {error})")
         logger.warning("the rewritten graph did not compile; the original is compiled instead", exc_info=True)
         return finish(gm)
+
+
+def _verified(compiled: Compiled, verification: Verification | None, gm: GraphModule) -> Compiled:
+    """With the first call held against the user's own graph, if that is wanted."""
+
+    def own_code() -> Compiled:
+        if captured_nodes(gm):
+            expand(gm)
+        return gm.forward
+
+    return verified(compiled, verification, own_code) if verification else compiled
 
 
 def _with_prepared(hoisted: Hoisted | None, compiled: Compiled, report: Report) -> Compiled:
@@ -200,6 +227,7 @@ def _say_once(report: Report, message: str) -> None:
 def _merge(new: Report, into: Report) -> None:
     into.sites += [replace(site, graph=into.graphs) for site in new.sites]
     into.captures += new.captures
+    into.races += new.races
     into.graphs += 1
     into.arch, into.planned = new.arch, new.planned
     into.syncs += [sync for sync in new.syncs if sync not in into.syncs]

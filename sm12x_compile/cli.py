@@ -1,4 +1,4 @@
-"""The command line: ``python -m sm12x_compile demo | explain | doctor | prove``, also installed as ``sm12x-compile``.
+"""The command line: ``python -m sm12x_compile demo | explain | doctor | bench | prove``, or ``sm12x-compile ...``.
 
 Exit codes: 0 fine; 1 something disagrees or is broken; 2 the command cannot be carried out as it was given.
 """
@@ -198,6 +198,39 @@ def prove(
     else:
         _console().print(render(proofs))
     if any(proof.violations for proof in proofs):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    op: Annotated[list[str] | None, typer.Option(help="Only this op; may be given several times.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Race every kernel that takes a sample call on this device: right or wrong, its time, and the least possible.
+
+    Exits with 1 if a kernel gives wrong numbers or does not run.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from . import bench as the_bench
+    from .arch import resolve
+
+    arch, _ = resolve("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("racing", total=None)
+            rows = the_bench.bench(
+                op or (), progress=lambda done, total, what: bar.update(
+                    task, completed=done, total=total, description=what),
+            )  # fmt: skip
+    except ValueError as error:
+        raise _fail(error) from None
+    if as_json:
+        print(json.dumps(the_bench.to_dict(rows, arch), indent=1))
+    else:
+        _console().print(the_bench.render(rows, arch))
+    if any(row.status == "out" for row in rows):
         raise typer.Exit(1)
 
 

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Group
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
+from rich.text import Text
 
 from . import arch as arch_records
 from .arch import Arch
+from .capture import install, wrap
 from .lowering.select import REFERENCE, choose
-from .ops import OPS
 from .options import Options
-from .registry import Call
-
-Level = Literal["ok", "note", "broken"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the findings. `advice` is a command or a sentence; only ``broken`` fails the run."""
-
-    name: str
-    level: Level
-    found: str
-    advice: str = ""
+from .race import racing
+from .race.verdicts import folder
+from .race.verify import verifies
+from .samples import samples
+from .toolchain import (
+    Check,
+    Level,
+    check_assembler,
+    check_cuda_build,
+    check_flashinfer,
+    check_lowering,
+    check_memory,
+)
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,36 @@ def checks(arch: str = "auto") -> list[Check]:
     Raises:
         ValueError: `arch` is not a known name.
     """
+    record, _ = _arch(arch)
     found = [check_device(), check_arch(arch), Check("python", "ok", platform.python_version())]
     found += [check_package(requirement) for requirement in REQUIREMENTS]
-    return [*found, check_compiler(), check_backend()]
+    tools = [check_cuda_build(), check_memory(record), check_flashinfer(record)]
+    if record.is_cuda:
+        tools += [check_assembler(record), check_lowering(record)]
+    found += [check for check in tools if check is not None]
+    return [*found, check_compiler(), check_backend(), check_capture(), check_race(record)]
+
+
+def check_capture() -> Check:
+    """What is in force while our backend compiles: functions that become one node, Python that is rewritten."""
+    functions = [function.__qualname__ for function in install.installed()]
+    rewriting = "rewritten while tracing" if wrap.is_installed() else "left as it is with this torch"
+    found = f"data-dependent Python is {rewriting}; functions taken as one node: {', '.join(functions) or 'none yet'}"
+    return Check("capture", "ok" if wrap.is_installed() else "note", found, "options={'capture': False} turns it off")
+
+
+def check_race(arch: Arch) -> Check:
+    """How kernels are chosen by default, and where verdicts are kept."""
+    options = Options()
+    choice = "by a race at first use" if racing(options, arch) else "in order of merit"
+    verified = "; the first call is held against your own code" if verifies(options, arch) else ""
+    where = folder()
+    kept = len([p for p in where.glob("*.json") if not p.name.endswith(".strikes.json")])
+    found = f"kernels are chosen {choice}{verified}; {kept} verdict(s) in {where}"
+    parent = next(p for p in (where, *where.parents) if p.exists())
+    if racing(options, arch) and not os.access(parent, os.W_OK):
+        return Check("race", "note", found, f"{parent} cannot be written to, so each process races: set XDG_CACHE_HOME")
+    return Check("race", "ok", found)
 
 
 @dataclass(frozen=True)
@@ -140,27 +167,6 @@ class Choice:
     refused: list[tuple[str, str]]
 
 
-def _samples() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(op, what it stands for, arguments): shapes of an 8B-parameter decoder. Run under a fake mode."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def rows(heads: int, length: int) -> torch.Tensor:
-        return torch.empty(1, heads, length, 128, dtype=torch.bfloat16, device=device)
-
-    cache = rows(8, 4096)
-    filled = torch.empty((), dtype=torch.int64, device=device)
-    sinks = torch.empty(32, dtype=torch.bfloat16, device=device)
-    prompt, token = rows(32, 2048), rows(32, 1)
-    keys = rows(8, 2048)
-    yield "attention", "prompt, causal", dict(q=prompt, k=keys, v=keys, scale=0.088, causal=True)
-    yield "attention", "prompt, window and sinks", dict(
-        q=prompt, k=keys, v=keys, scale=0.088, causal=True, window_left=127, sinks=sinks)  # fmt: skip
-    yield "attention", "prompt, softcap", dict(
-        q=prompt, k=keys, v=keys, scale=0.088, causal=True, softcap=50.0)  # fmt: skip
-    yield "attention", "one token, static cache", dict(
-        q=token, k=cache, v=cache, scale=0.088, causal=True, q_offset=filled)  # fmt: skip
-
-
 def choices(arch: str = "auto") -> list[Choice]:
     """Which kernel would run a few sample calls of the ops that have kernels, and why others declined.
 
@@ -169,14 +175,9 @@ def choices(arch: str = "auto") -> list[Choice]:
     """
     record, _ = _arch(arch)
     found = []
-    with FakeTensorMode():
-        samples = list(_samples())
-    for op, sample, given in samples:
-        bound = OPS[op].signature.bind(**given)
-        bound.apply_defaults()
-        call = Call(op, dict(bound.arguments))
-        kernel, refused = choose(call, record, Options())
-        found.append(Choice(op, sample, kernel.name if kernel else REFERENCE, refused))
+    for sample in samples("cpu", large=True):
+        kernel, refused = choose(sample.call, record, Options())
+        found.append(Choice(sample.call.op, sample.title, kernel.name if kernel else REFERENCE, refused))
     return found
 
 
@@ -187,13 +188,14 @@ def render(found: list[Check], ops: list[Choice]) -> Group:
     for column in ("", "what", "found", "what to do"):
         machine.add_column(column, overflow="fold")
     for check in found:
-        machine.add_row(marks[check.level], check.name, check.found, check.advice)
+        # As Text: a console must not take "[cuda]" for markup.
+        machine.add_row(marks[check.level], *map(Text, (check.name, check.found, check.advice)))
     kernel_table = Table(title="what each op would use here", title_justify="left")
     for column in ("op", "call", "kernel", "asked before it, and why not"):
         kernel_table.add_column(column, overflow="fold")
     for choice in ops:
         why = "\n".join(f"{name}: {reason}" for name, reason in choice.refused)
-        kernel_table.add_row(choice.op, choice.sample, choice.kernel, why)
+        kernel_table.add_row(*map(Text, (choice.op, choice.sample, choice.kernel, why)))
     return Group(machine, kernel_table)
 
 

@@ -20,15 +20,19 @@ class Options:
 
     Attributes:
         arch: ``auto``, a card (``rtx5090``, ``rtxpro6000``, ``gb10``, ``h200``, ``h100``, ``b200``, ``a100``,
-            ``cpu``) or a family (``sm120``, ``sm121``, ...). Anything but the device at hand only *plans*:
+            ``l40s``, ``cpu``) or a family (``sm120``, ``sm121``, ...). Anything but the device at hand only *plans*:
             the report names the kernels that the card would get, and the graph runs what suits this one.
         codegen: ``inductor``, or ``eager`` (interpreted: quick to compile, easy to debug).
         cuda_graphs: ``auto`` records graphs whose sizes do not change from call to call (a decode step over a static
             cache) and says in the report why it does not record another; True records prompts and growing caches as
             well, up to eight sizes each, and warns where nothing can be recorded; False records nothing.
         capture: whether known reference functions become one node while tracing.
-        select: ``auto`` (``static`` for now) or ``static``: the first kernel in order of merit that accepts.
-        verify: ``auto`` or False.
+        select: ``static``: the first kernel in order of merit that accepts. ``race``: those that accept run on
+            random operands of the call's sizes; of those that agree with the reference the fastest wins, and the
+            verdict is kept on disk. ``auto``: ``race`` on a CUDA device, else ``static``.
+        race_seconds: how long one race may take; what has no turn by then is raced by the next process.
+        verify: whether the first call of each graph runs the user's own code beside every rewritten site, on the
+            real inputs, and falls back to it where they disagree. ``auto``: on an SM12x card.
         patterns: names of patterns to use, or to leave out when they begin with ``-``; None means all.
         kernels: names of kernels to use, or to leave out when they begin with ``-``; None means all.
         moe_weights: ``keep``; ``mxfp4``: experts' weights are quantised once, at their first call, which loses accuracy
@@ -42,6 +46,7 @@ class Options:
     cuda_graphs: bool | str = "auto"
     capture: bool = True
     select: str = "auto"
+    race_seconds: float = 3.0
     verify: bool | str = "auto"
     patterns: tuple[str, ...] | None = None
     kernels: tuple[str, ...] | None = None
@@ -52,7 +57,7 @@ class Options:
         """Options from a user's mapping.
 
         Raises:
-            OptionError: an unknown key, a value outside the table above, or a value of a later release.
+            OptionError: an unknown key or a value outside the table above.
         """
         given = dict(given or {})
         known = {f.name for f in fields(cls)}
@@ -72,8 +77,11 @@ class Options:
         _one_of("codegen", self.codegen, ("inductor", "eager"))
         _one_of("cuda_graphs", self.cuda_graphs, ("auto", True, False))
         _one_of("capture", self.capture, (True, False))
-        _one_of("select", self.select, ("auto", "static"), later={"race": "use 'static'"})
-        _one_of("verify", self.verify, ("auto", False), later={True: "use assert_rewritten"})
+        _one_of("select", self.select, ("auto", "race", "static"))
+        _one_of("verify", self.verify, ("auto", True, False))
+        seconds = self.race_seconds
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise OptionError(f"option 'race_seconds' takes a positive number of seconds, got {seconds!r}")
         _one_of("moe_weights", self.moe_weights, ("keep", "mxfp4", "mxfp4_only"))
         if not isinstance(self.arch, str):
             raise OptionError(f"option 'arch' takes a name, got {self.arch!r}")
@@ -92,15 +100,10 @@ class Options:
         return _selected(name, self.kernels)
 
 
-def _one_of(
-    key: str, value: object, allowed: tuple[object, ...], later: Mapping[object, str] | None = None
-) -> None:
+def _one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
     # `is` for booleans: 1 == True, and an option given as 1 is a mistake worth naming.
-    if any(value is a or (isinstance(a, str) and value == a) for a in allowed):
-        return
-    if later and isinstance(value, (str, bool)) and value in later:
-        raise OptionError(f"option {key}={value!r} is not available in this release; {later[value]}")
-    raise OptionError(f"option {key}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+    if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
+        raise OptionError(f"option {key}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
 def _names(key: str, value: object) -> tuple[str, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import GraphModule, Node
@@ -12,12 +12,15 @@ from torch.fx import GraphModule, Node
 from .arch import Arch, resolve
 from .cuda_graphs.positions import positions_as_tensors
 from .lowering.linear import join_linears
-from .lowering.select import lower
+from .lowering.select import lower, plan
+from .marks import mark
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
 from .normalize import declare_constants, example_value, normalize
 from .options import Options
 from .patterns.dequantise import WEIGHT, mark_packed, unmark
 from .quantize import quantize_experts
+from .race import Races, racing
+from .race.verify import Verification, copied, verifies
 from .registry import Pattern, patterns
 from .report import Report, Site
 
@@ -31,6 +34,7 @@ class Transformed:
 
     graph: GraphModule
     sites: list[Site]
+    verification: Verification | None = None
 
 
 def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
@@ -45,6 +49,7 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     device = device_of(gm)
     run_arch, _ = resolve("auto", device)
     plan_arch, _ = resolve(options.arch, device)
+    original = copied(normal) if verifies(options, run_arch) else None
     found = recognise(normal, options)
     matched = time.perf_counter()
     sites = [site for site, _ in found]
@@ -53,7 +58,12 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
         quantize_experts(normal, calls)
     if device.type == "cuda":
         positions_as_tensors(normal, [call for _, call in calls])
-    lower(normal, calls, options, run_arch, plan_arch)
+    race = Races(options, run_arch) if racing(options, run_arch) else None
+    if plan_arch is not run_arch:
+        plan(normal, calls, options, plan_arch)
+        calls = [(replace(site, refused=[]), call) for site, call in calls]  # what runs here is not what is reported
+    lower(normal, calls, options, run_arch, race)
+    report.races += race.records if race else []
     clean(normal)
     if any(site.status == "rewritten" for site in sites):
         sites += join_linears(normal, options, run_arch)
@@ -63,7 +73,7 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     report.add_seconds("normalize", normalized - started)
     report.add_seconds("match", matched - normalized)
     report.add_seconds("lower", time.perf_counter() - matched)
-    return Transformed(normal, sites)
+    return Transformed(normal, sites, Verification(original, copied(normal)) if original else None)
 
 
 def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | None]]:
@@ -125,6 +135,7 @@ def _try(pattern: Pattern, anchor: Node, view: GraphView) -> tuple[Site, Node | 
         for write in outcome.obsolete:
             view.graph.erase_node(write)
         for node, value in ((outcome.node, outcome.value), *outcome.also):
+            mark(value, site, node)
             if node is not value:  # a call that stands there already is only reported
                 view.replace(node, value)
         logger.info("%s: %s -> %s %s", site.module or site.source, pattern.name, site.op, dict(outcome.tags))

@@ -25,6 +25,7 @@ from .report import Site
 aten = torch.ops.aten
 MOE = torch.ops.sm12x.moe.default
 _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbouring E2M1 numbers
+QUANTISED = "quantised to mxfp4"  # a site's tag: it computes something else than the user's code, as was asked for
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -125,7 +126,7 @@ def quantize_experts(gm: GraphModule, calls: Sequence[tuple[Site, Node]]) -> Non
             continue
         reason = _quantize_call(graph, node)
         if reason is None:
-            site.tags["weights"] = "quantised to mxfp4"
+            site.tags["weights"] = QUANTISED
         else:
             site.refused.append(("moe_weights=mxfp4", reason))
 

@@ -156,7 +156,8 @@ def register_kernel(
         accepts: answers `YES` or ``No("why")`` for a call on an `Arch`.
         inline: the function is plain PyTorch and is traced into the graph, where Inductor can fuse it;
             otherwise it becomes an opaque custom op that shares the semantic op's fake.
-        merit: order of asking, highest first; the built-in ones lie between 0 and 50.
+        merit: order of asking, highest first; the built-in ones lie between 0 and 50. 5 or less is a last resort,
+            which is always right and never races.
 
     Raises:
         ValueError: there is no such semantic op, or the function's parameters are not the op's, in its order

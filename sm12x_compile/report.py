@@ -74,6 +74,7 @@ class Report:
     cuda_graphs: list[tuple[bool, str | None]] = field(default_factory=list)
     weights: list[dict[str, Any]] = field(default_factory=list)
     races: list[dict[str, Any]] = field(default_factory=list)
+    verified: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     planned: bool = False
     arch: str = "cpu"
@@ -154,10 +155,13 @@ class Report:
         for label, lines in (
             ("graph break", self.graph_breaks), ("recompile", self.recompiles), ("host sync", self.syncs),
             ("weights", self.weight_lines()),
-            ("captured", self.captures), ("code rewritten", self.code_rewrites), ("warning", self.warnings),
+            ("captured", self.captures), ("code rewritten", self.code_rewrites),
+            ("verified", self.verified), ("warning", self.warnings),
         ):  # fmt: skip
             for line in lines:
                 console.print(f"{label}: {line}")
+        for race in self.races:
+            console.print(f"race: {race_line(race)}")
         for state, graphs in _same_state(self.cuda_graphs).items():
             which = "" if len(graphs) == len(self.cuda_graphs) else f" (graph {', '.join(map(str, graphs))})"
             console.print(f"CUDA graph{which}: {'yes' if state[0] else 'no'}{f', {state[1]}' if state[1] else ''}")
@@ -169,6 +173,17 @@ def _same_state(states: list[tuple[bool, str | None]]) -> dict[tuple[bool, str |
     for place, state in enumerate(states):
         groups.setdefault(state, []).append(place)
     return groups
+
+
+def race_line(race: dict[str, Any]) -> str:
+    """One race in one line: the winner, the times of all who ran, why the others did not."""
+    if "why" in race:
+        return f"{race['op']}: {race['winner']}, {race['why']}"
+    shown = [
+        f"{e['name']} {e['seconds'] * 1e6:.1f} us" if e["status"] == "ran" else f"{e['name']} {e['reason']}"
+        for e in race["entries"]
+    ]
+    return f"{race['call']}: {race['winner'] or 'nobody'} ({'; '.join(shown)}; {race['source']})"
 
 
 def _folded(sites: list[Site]) -> list[list[Site]]:

@@ -24,6 +24,7 @@ FACTS = {
     "h100": ("sm9x", (9, 0), 132, 227, 228, 64, 50, 80, 3350, "sm_90a"),
     "b200": ("sm10x", (10, 0), 148, 227, 228, 64, 126, 180, 8000, "sm_100a"),
     "a100": ("sm8x", (8, 0), 108, 163, 164, 64, 40, 80, 2039, "sm_80"),
+    "l40s": ("sm8x", (8, 9), 142, 99, 100, 48, 96, 48, 864, "sm_89"),
     "cpu": ("cpu", (0, 0), 0, 0, 0, 0, 0, 0, 20, "cpu"),
 }
 # family: wgmma, tcgen05, TMA, block-scaled mma
@@ -61,7 +62,9 @@ def test_sm12x_blocks_get_101376_bytes() -> None:
 
 
 def test_aliases() -> None:
-    assert ALIASES == {"sm120": "rtx5090", "sm121": "gb10", "sm90": "h200", "sm100": "b200", "sm80": "a100"}
+    assert ALIASES == {
+        "sm120": "rtx5090", "sm121": "gb10", "sm90": "h200", "sm100": "b200", "sm80": "a100", "sm89": "l40s",
+    }  # fmt: skip
     for alias, name in ALIASES.items():
         assert by_name(alias) is CARDS[name]
         assert CARDS[name].target.rstrip("a") == alias.replace("sm", "sm_")
@@ -69,7 +72,7 @@ def test_aliases() -> None:
 
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown arch 'rtx4090'; known: auto, rtx5090, .*cpu, sm120, .*sm80$"
+        ValueError, match=r"unknown arch 'rtx4090'; known: auto, rtx5090, .*cpu, sm120, .*sm89$"
     ):
         by_name("rtx4090")
 

@@ -15,8 +15,9 @@ VALUES: dict[str, list[Any]] = {
     "codegen": ["inductor", "eager"],
     "cuda_graphs": ["auto", True, False],
     "capture": [True, False],
-    "select": ["auto", "static"],
-    "verify": ["auto", False],
+    "select": ["auto", "race", "static"],
+    "race_seconds": [3.0, 0.5, 10],
+    "verify": ["auto", True, False],
     "patterns": [None, ("attention",), ("-attention",), ()],
     "kernels": [None, ("torch.sdpa", "reference"), ("-torch.sdpa",)],
     "moe_weights": ["keep", "mxfp4", "mxfp4_only"],
@@ -64,9 +65,9 @@ def test_an_unknown_key_gets_a_hint_and_the_list() -> None:
         ("cuda_graphs", 1, "'auto', True, False"),  # 1 == True, but is not meant
         ("capture", 0, "True, False"),
         ("capture", "auto", "True, False"),
-        ("select", "best", "'auto', 'static'"),
-        ("verify", "yes", "'auto', False"),
-        ("verify", 1, "'auto', False"),
+        ("select", "best", "'auto', 'race', 'static'"),
+        ("verify", "yes", "'auto', True, False"),
+        ("verify", 1, "'auto', True, False"),
         ("moe_weights", "fp8", "'keep', 'mxfp4', 'mxfp4_only'"),
         ("moe_weights", ["keep"], "'keep', 'mxfp4', 'mxfp4_only'"),
     ],
@@ -77,18 +78,10 @@ def test_a_value_outside_the_table(key: str, value: Any, choices: str) -> None:
     assert str(error.value) == f"option {key}={value!r}: choose one of {choices}"
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "instead"),
-    [
-        ("select", "race", "'static'"),
-        ("verify", True, "assert_rewritten"),
-    ],
-)
-def test_values_of_a_later_release(key: str, value: Any, instead: str) -> None:
-    with pytest.raises(OptionError) as error:
-        Options.parse({key: value})
-    assert str(error.value).startswith(f"option {key}={value!r} is not available in this release; use ")
-    assert instead in str(error.value)
+@pytest.mark.parametrize("value", [0, -1.0, True, "3", None, float("nan")])
+def test_seconds_of_a_race(value: Any) -> None:
+    with pytest.raises(OptionError, match="option 'race_seconds' takes a positive number of seconds, got"):
+        Options.parse({"race_seconds": value})
 
 
 def test_arch_names() -> None:

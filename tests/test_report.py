@@ -14,7 +14,7 @@ from sm12x_compile.report import Floor, Report, Site
 
 FIELDS = [
     "sites", "captures", "code_rewrites", "graphs", "graph_breaks", "recompiles", "syncs", "cuda_graphs",
-    "weights", "races", "warnings", "planned", "arch", "seconds",
+    "weights", "races", "verified", "warnings", "planned", "arch", "seconds",
 ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def full() -> Report:
         syncs=["aten::item"],
         cuda_graphs=[(True, None), (False, "cuda_graphs=False")],
         weights=[{"name": "w", "format": "mxfp4", "before": 4, "after": 1}],
-        races=[{"op": "attention", "winner": "triton"}],
+        races=[{"op": "attention", "winner": "triton", "why": "no race: it rained"}],
         warnings=["no gradients"],
         planned=True,
         arch="gb10",

@@ -102,6 +102,11 @@ def _wrap_get_code(owner: Any) -> None:
     _undo.append(lambda: setattr(owner, "get_code", get_code))
 
 
+def is_installed() -> bool:
+    """Whether Dynamo's two places are wrapped."""
+    return bool(_undo)
+
+
 def uninstall() -> None:
     """Give Dynamo's functions back and forget what was rewritten."""
     recompiles.uninstall()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 import sm12x_compile
 from sm12x_compile import registry
 from sm12x_compile.arch import CARDS
-from sm12x_compile.lowering.select import REFERENCE, choose, floor, lower
+from sm12x_compile.lowering.select import REFERENCE, choose, floor, lower, plan
 from sm12x_compile.match import GraphView
 from sm12x_compile.normalize import normalize
 from sm12x_compile.ops import OPS
@@ -140,10 +141,12 @@ def attention_call(q: Tensor, **rest: Any) -> Tensor:
     return torch.ops.sm12x.attention(q, q, q, 0.5, **rest)
 
 
-def lowered(gm: GraphModule, options: Options | None = None, plan: Any = CPU) -> list[Site]:
+def lowered(gm: GraphModule, options: Options | None = None, planned: Any = None) -> list[Site]:
     calls = [(Site("attention", "sm12x::attention", "", ""), n) for n in gm.graph.nodes
              if n.target is torch.ops.sm12x.attention.default]  # fmt: skip
-    lower(gm, calls, options or Options(), CPU, plan)
+    if planned is not None:
+        plan(gm, calls, options or Options(), planned)
+    lower(gm, [(replace(site, refused=[]), n) for site, n in calls] if planned else calls, options or Options(), CPU)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -197,7 +200,7 @@ def test_planned_for_a_card_that_is_not_there() -> None:
     stub("card", lambda call, arch: YES if arch.is_cuda else No("needs a GPU"), merit=9, adds=1.0)
     stub("here", lambda call, arch: No("not on a GPU") if arch.is_cuda else YES, merit=20, adds=10.0)
     gm = graph_of(attention_call, Q)
-    (site,) = lowered(gm, plan=CARD)
+    (site,) = lowered(gm, planned=CARD)
     assert (site.kernel, site.refused) == ("card", [("here", "not on a GPU")])
     torch.testing.assert_close(gm(Q), Q + 10)
 
@@ -290,8 +293,6 @@ def test_floors_of_symbolic_sizes_use_their_hints() -> None:
 
 
 def test_no_floor() -> None:
-    from dataclasses import replace
-
     call = call_of(Q, Q, Q, 1.0)
     assert floor(call, replace(CARD, bandwidth=0.0)) is None
     without = next((name for name, op in OPS.items() if op.cost is None), None)

@@ -47,7 +47,7 @@ def spliced(function: Any, *inputs: Tensor, backwards: bool = False) -> GraphMod
     gm = normalize(make_fx(function, pre_dispatch=True, tracing_mode="fake")(*inputs))
     calls = [(Site("attention", "sm12x::attention", "", ""), n) for n in gm.graph.nodes
              if n.target is torch.ops.sm12x.attention.default]  # fmt: skip
-    lower(gm, calls[::-1] if backwards else calls, Options(), CARDS["cpu"], CARDS["cpu"])
+    lower(gm, calls[::-1] if backwards else calls, Options(), CARDS["cpu"])
     clean(gm)
     gm.graph.lint()
     gm.recompile()
