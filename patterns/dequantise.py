@@ -12,6 +12,7 @@ through it and take the packed weight. What no pattern took is given back by `un
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,7 +150,7 @@ def read_packed(node: Node, leaves: list[Node]) -> Packed | Refusal | None:
         scale_lead = _rows(scales, g)
         if scale_lead is None:
             return Refusal("a scale does not belong to 32 neighbours, the block of MXFP4", node)
-        if flatten(*lead) != flatten(*scale_lead):
+        if flatten(*lead) != flatten(*scale_lead) or math.prod(lead[1]) != math.prod(scale_lead[1]):
             return Refusal("codes and scales are taken from different rows", node)
         reason, tags = compare(low, high)
         if reason is not None:

@@ -223,3 +223,19 @@ def test_a_table_that_is_an_input_is_no_constant() -> None:
     model.table.mul_(3)
     step = torch.compile(model, backend=sm12x_compile.sm12x, options={"codegen": "eager"})
     assert_close(step(x), model(x))
+
+
+@pytest.mark.parametrize("spare", ["scales", "packed"])
+def test_tensors_with_spare_rows(spare: str) -> None:
+    """Rows of one tensor that belong to no row of the other: taken as they are meant, or refused."""
+
+    class Spare(Packed):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.decode(self.packed[:N], self.scales[:N]))
+
+    model, x = Spare(ACCEPTED["table_stack_and_ldexp"]), torch.randn(3, K)
+    held = getattr(model, spare)
+    setattr(model, spare, torch.cat([held, held.flip(0)]))
+    ours, report = compiled(model, x)
+    assert_close(ours, model(x))
+    assert report.count("mxfp4_linear") + len(report.near_misses) > 0

@@ -233,7 +233,9 @@ def dense_weights(graph: GraphModule, least: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.nightly)], ids=str
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_weights_reach_the_op(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = MODELS[name](dtype)

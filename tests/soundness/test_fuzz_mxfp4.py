@@ -190,7 +190,7 @@ def run(seeds: range) -> None:
 
 
 def test_drawn_decodings() -> None:
-    run(range(40))
+    run(range(25))
 
 
 @pytest.mark.nightly
