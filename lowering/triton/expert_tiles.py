@@ -152,8 +152,8 @@ def packed_tiles(arch: Arch, block_m: int, dtype: torch.dtype, gated: bool) -> E
     The depth is a multiple of 128: four scales, a word. With more rows the registers would not hold x's fragments,
     unless x stays in shared memory (wgmma).
     """
-    if dtype == torch.float32:
-        return ExpertTiles(min(block_m, 32), 32, 128, 8, 2)
+    if dtype == torch.float32:  # without tensor cores; larger tiles do not fit in the registers
+        return ExpertTiles(16, 16, 128, 8, 2)
     stages = 4 if arch.wgmma and gated else 3
     if block_m >= 64 and arch.wgmma:
         return ExpertTiles(64, 64, 128, 4, 3, True) if gated else ExpertTiles(64, 128, 128, 8, 3, True)

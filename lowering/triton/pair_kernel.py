@@ -157,7 +157,8 @@ def pair_sum_kernel(
     n = first_n + rows
     part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
     y = tl.zeros((BLOCK_N,), tl.float32)
-    if TOPK * STEPS <= UNROLLED:
+    most: tl.constexpr = UNROLLED // 4 if WIDE else UNROLLED  # fp32 takes more registers
+    if most >= TOPK * STEPS:
         for step in tl.static_range(TOPK * STEPS):
             part, y = _add_choice(
                 part, y, step // STEPS, (step % STEPS) * BLOCK_Q, h, w, scale, bias, ids, weights, t, first_n, rows,
