@@ -11,6 +11,7 @@ an int that changes a symbol there too.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from functools import wraps
 from types import CodeType
@@ -22,6 +23,7 @@ from torch import nn
 from .runtime.refusal import originals
 from .scope import options_for
 
+logger = logging.getLogger("sm12x_compile")
 _in_modules: set[CodeType] = set()
 
 
@@ -37,7 +39,7 @@ def install(undo: list[Callable[[], None]]) -> None:
         ImportError, AttributeError: this torch has none of the places; then Dynamo counts as ever.
     """
     from torch._dynamo.output_graph import OutputGraph
-    from torch._dynamo.pgo import CodeId, FrameStateSizeEntry, auto_dynamic, get_code_state
+    from torch._dynamo.pgo import CodeId, auto_dynamic, get_code_state  # noqa: F401 (missing ones shall be noticed here)
 
     compile_subgraph = OutputGraph.compile_subgraph
 
@@ -46,16 +48,11 @@ def install(undo: list[Callable[[], None]]) -> None:
         options = options_for(self.compiler_fn)
         wanted = options is not None and options.capture and not self.export
         if wanted and torch._dynamo.config.automatic_dynamic_shapes:
-            root = self.root_tx
-            known = get_code_state()[CodeId.make(root.f_code, root.closure)].automatic_dynamic
-            found = False
-            for owner, name, new in _counted(self.side_effects):
-                entry = known.get(name)
-                if entry is not None and entry.scalar is not auto_dynamic and entry.scalar != new:
-                    entry |= FrameStateSizeEntry.make_scalar(new)
-                    found = True
-                    if isinstance(owner, nn.Module):
-                        _in_modules.add(originals.get(root.f_code, root.f_code))
+            try:
+                found = _make_symbols(self)
+            except Exception:  # a torch that keeps its memory in another way: a graph more, never a failure
+                logger.debug("Dynamo's memory of ints could not be read", exc_info=True)
+                found = False
             if found:
                 raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason="sm12x: a Python int is counted up")
         return compile_subgraph(self, tx, *args, **kwargs)
@@ -63,6 +60,32 @@ def install(undo: list[Callable[[], None]]) -> None:
     OutputGraph.compile_subgraph = compiling  # type: ignore[method-assign]
     undo.append(lambda: setattr(OutputGraph, "compile_subgraph", compile_subgraph))
     undo.append(_in_modules.clear)
+
+
+def _make_symbols(graph: Any) -> bool:
+    """Tell Dynamo which ints of the traced frame change; whether it did not know yet."""
+    from torch._dynamo.pgo import FrameStateSizeEntry, auto_dynamic
+
+    root = graph.root_tx
+    known = _memory(root)
+    found = False
+    for owner, name, new in _counted(graph.side_effects):
+        entry = known.get(name)
+        if entry is not None and entry.scalar is not auto_dynamic and entry.scalar != new:
+            entry |= FrameStateSizeEntry.make_scalar(new)
+            found = True
+            if isinstance(owner, nn.Module):
+                _in_modules.add(originals.get(root.f_code, root.f_code))
+    return found
+
+
+def _memory(root: Any) -> Any:
+    """What Dynamo remembers of a frame's inputs; older releases tell frames apart by their code alone."""
+    from torch._dynamo.pgo import CodeId, get_code_state
+
+    by_closure = "closure" in inspect.signature(CodeId.make).parameters
+    frame = CodeId.make(root.f_code, root.closure) if by_closure else CodeId.make(root.f_code)
+    return get_code_state()[frame].automatic_dynamic
 
 
 def _counted(effects: Any) -> Iterator[tuple[Any, str, int]]:
