@@ -58,7 +58,7 @@ def lowered(case: Case, layers: int = 1) -> tuple[GraphModule, list[Tensor], lis
         gm = normalize(make_fx(run, pre_dispatch=True, tracing_mode="fake")(*inputs))
     calls = [(Site(case.op, case.op, "", ""), n) for n in gm.graph.nodes if n.target is OPS[case.op].overload]
     card = CARDS["rtx5090"]
-    lower(gm, calls, Options(kernels=(case.kernel,)), card, card)
+    lower(gm, calls, Options(kernels=(case.kernel,)), card)
     clean(gm)
     gm.graph.lint()
     gm.recompile()
