@@ -8,7 +8,7 @@ from ...arch import Arch
 from ...registry import Call, No, Verdict, register_kernel
 
 _MXFP8 = (
-    "rounds rows to MXFP8 before it multiplies, about 3 % of their size, which the model does not; "
+    "rounds rows to MXFP8 (three bits of mantissa) before it multiplies, which the model does not; "
     "the same weights with bf16 rows are {}"
 )
 DECLINED = {
