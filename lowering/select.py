@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -106,27 +106,25 @@ def _is_semantic(node: Node) -> bool:
 def choose(call: Call, arch: Arch, options: Options) -> tuple[Kernel | None, list[tuple[str, str]]]:
     """The first kernel that accepts, and (name, why) of those asked before; None means the reference."""
     refused: list[tuple[str, str]] = []
-    for kernel in kernels(call.op):
-        if not options.wants_kernel(kernel.name):
-            refused.append((kernel.name, LEFT_OUT))
-            continue
-        verdict = ask(kernel, call, arch)
-        if verdict:
+    for kernel, why_not in _asked(call, arch, options):
+        if why_not is None:
             return kernel, refused
-        refused.append((kernel.name, verdict.reason if isinstance(verdict, No) else "declined"))
+        refused.append((kernel.name, why_not))
     return None, refused
 
 
 def acceptances(call: Call, arch: Arch, options: Options) -> tuple[list[Kernel], list[tuple[str, str]]]:
     """All kernels that accept, in order of merit, and (name, why) of the others."""
-    accepted, refused = [], []
+    asked = list(_asked(call, arch, options))
+    refused = [(kernel.name, why_not) for kernel, why_not in asked if why_not is not None]
+    return [kernel for kernel, why_not in asked if why_not is None], refused
+
+
+def _asked(call: Call, arch: Arch, options: Options) -> Iterator[tuple[Kernel, str | None]]:
+    """Each kernel, in order of merit, and why it does not take the call."""
     for kernel in kernels(call.op):
         verdict = ask(kernel, call, arch) if options.wants_kernel(kernel.name) else No(LEFT_OUT)
-        if verdict:
-            accepted.append(kernel)
-        else:
-            refused.append((kernel.name, verdict.reason if isinstance(verdict, No) else "declined"))
-    return accepted, refused
+        yield kernel, None if verdict else verdict.reason if isinstance(verdict, No) else "declined"
 
 
 def ask(kernel: Kernel, call: Call, arch: Arch) -> Verdict:
