@@ -45,6 +45,22 @@ def graph_time(calls: Sequence[Call], *, replays: int = 25, warmup: int = 3) -> 
     return statistics.median(times)
 
 
+def median_ms(step: Call, *, repeats: int = 30, warmup: int = 6) -> float:
+    """Median milliseconds of a step between two CUDA events, the GPU idle before: what the host does counts."""
+    for _ in range(warmup):
+        step()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
 def host_time(call: Call, *, repeats: int = 200) -> float:
     """Seconds that the host spends on a call before it returns: Python, checks and the launch."""
     for _ in range(10):

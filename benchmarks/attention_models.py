@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _timing import median_ms
 
 CONTENDERS = ("eager", "inductor", "sm12x")
 CASES = ("sinks_prefill_4096", "cache_2048_of_32768", "cache_2048_of_2048", "llama_decode", "deepseek_decode")
@@ -33,21 +34,6 @@ def compiled(function: Callable[..., Any], contender: str) -> Callable[..., Any]
     import sm12x_compile
 
     return torch.compile(function, backend=sm12x_compile.sm12x, options={"cuda_graphs": True})
-
-
-def median_ms(step: Callable[[], Any], repeats: int = 30) -> float:
-    for _ in range(6):
-        step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return sorted(times)[len(times) // 2]
 
 
 def gpt_oss_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:

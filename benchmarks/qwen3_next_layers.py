@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from _timing import median_ms
 
 CONTENDERS = ("eager", "sm12x", "inductor")
 TOKENS, SLOTS, LIMIT_S = 2048, 4096, 240
@@ -33,21 +34,6 @@ CONFIG: dict[str, Any] = dict(
     num_hidden_layers=4, hidden_size=2048, vocab_size=32000, num_experts=128, num_experts_per_tok=10,
     moe_intermediate_size=512, shared_expert_intermediate_size=512,
 )  # fmt: skip
-
-
-def median_ms(step: Callable[[], Any], repeats: int = 15) -> float:
-    for _ in range(5):
-        step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        step()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return round(sorted(times)[len(times) // 2], 3)
 
 
 def first(step: Callable[[], Any]) -> float:
@@ -98,7 +84,7 @@ def measure(contender: str) -> dict[str, Any]:
             return prefill(input_ids=prompt, use_cache=False).logits
 
         row["prefill_first_s"] = first(whole)
-        row["prefill_ms"] = median_ms(whole)
+        row["prefill_ms"] = round(median_ms(whole, repeats=15), 3)
         row["prefill_error"] = error(whole(), truth[:, :TOKENS])
 
         cache = StaticCache(config=model.config, max_cache_len=SLOTS)
@@ -113,7 +99,7 @@ def measure(contender: str) -> dict[str, Any]:
         found: list[torch.Tensor] = []
         row["decode_first_s"] = first(lambda: found.append(step().clone()))
         row["decode_error"] = error(found[0], truth[:, TOKENS:])
-        row["decode_ms"] = median_ms(step)
+        row["decode_ms"] = round(median_ms(step, repeats=15), 3)
     if report is not None:
         row["graphs"], row["warnings"] = report.graphs, report.warnings
         row["seconds"] = {stage: round(seconds, 2) for stage, seconds in report.seconds.items()}
