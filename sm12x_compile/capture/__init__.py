@@ -15,5 +15,6 @@ Python whose course depends on tensor values is traced in another form:
     rewrites/        the syntax: branches, loops, assignments, noise
     runtime/         what rewritten code calls: selected rows, conditions, numbers that only the device knows
     breaks           what the report says of it
+    counters         Python ints that a frame counts up are symbols from the first trace on
     recompiles       a loud word before Dynamo gives up
 """

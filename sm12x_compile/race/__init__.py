@@ -8,6 +8,7 @@ From the call to the verdict:
     timing.py    CUDA graphs, or the clock
     contest.py   the race itself, which knows of no device
     compiling.py whether a kernel is only being compiled
+    identity.py  what a verdict depends on besides the call
     verdicts.py  verdicts on disk
     entrant.py   a kernel in a race
     races.py     which kernels race while a graph is compiled
