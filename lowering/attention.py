@@ -83,8 +83,9 @@ def plain_sdpa(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-register_kernel("attention", "triton.decode", accepts=accepts_unless(decode_refusal), merit=30)(attention_decode)
-register_kernel("attention", "triton.prefill", accepts=accepts_unless(prefill_refusal), merit=25)(attention_prefill)
+_accepts_decode, _accepts_prefill = accepts_unless(decode_refusal), accepts_unless(prefill_refusal)
+register_kernel("attention", "triton.decode", accepts=_accepts_decode, merit=30, triton=True)(attention_decode)
+register_kernel("attention", "triton.prefill", accepts=_accepts_prefill, merit=25, triton=True)(attention_prefill)
 
 
 def _accepts_masked_sdpa(call: Call, arch: Arch) -> Verdict:

@@ -113,4 +113,4 @@ for _op, _kernel, _refusal, _function in (
     ("causal_conv1d", "triton.conv", conv_refusal, causal_conv1d.causal_conv1d),
     ("causal_conv1d_update", "triton.conv_update", conv_refusal, causal_conv1d.causal_conv1d_update),
 ):
-    register_kernel(_op, _kernel, accepts=accepts_unless(_refusal), merit=30)(_function)
+    register_kernel(_op, _kernel, accepts=accepts_unless(_refusal), merit=30, triton=True)(_function)

@@ -98,9 +98,9 @@ def _accepts_prefill(call: Call, arch: Arch) -> Verdict:
     return No(refusal) if refusal else expanded
 
 
-register_kernel("mla", "triton.mla_prefill", accepts=_accepts_prefill, merit=45)(mla_prefill)
-register_kernel("mla", "triton.mla_absorbed", accepts=_accepts_one_token, merit=35)(mla_absorbed)
-register_kernel("mla", "triton.mla_decode", accepts=_accepts_decode, merit=20)(mla_decode)
+register_kernel("mla", "triton.mla_prefill", accepts=_accepts_prefill, merit=45, triton=True)(mla_prefill)
+register_kernel("mla", "triton.mla_absorbed", accepts=_accepts_one_token, merit=35, triton=True)(mla_absorbed)
+register_kernel("mla", "triton.mla_decode", accepts=_accepts_decode, merit=20, triton=True)(mla_decode)
 
 
 @register_kernel("mla", "aten", accepts=_accepts_core, inline=True, merit=5)

@@ -12,7 +12,7 @@ _accepts_decode, _accepts_grouped = accepts_unless(moe_decode_refusal), accepts_
 _accepts_route, _accepts_linear = accepts_unless(route_refusal), accepts_unless(linear_refusal)
 
 # One function under two names: a graph compiled for few tokens may be run with many, and then sorts them.
-register_kernel("moe", "triton.moe_decode", accepts=_accepts_decode, merit=30)(moe_experts)
-register_kernel("moe", "triton.moe_grouped", accepts=_accepts_grouped, merit=25)(moe_experts)
-register_kernel("moe_route", "triton.moe_route", accepts=_accepts_route, merit=20)(moe_route)
-register_kernel("mxfp4_linear", "triton.mxfp4_linear", accepts=_accepts_linear, merit=20)(mxfp4_linear)
+register_kernel("moe", "triton.moe_decode", accepts=_accepts_decode, merit=30, triton=True)(moe_experts)
+register_kernel("moe", "triton.moe_grouped", accepts=_accepts_grouped, merit=25, triton=True)(moe_experts)
+register_kernel("moe_route", "triton.moe_route", accepts=_accepts_route, merit=20, triton=True)(moe_route)
+register_kernel("mxfp4_linear", "triton.mxfp4_linear", accepts=_accepts_linear, merit=20, triton=True)(mxfp4_linear)

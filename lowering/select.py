@@ -25,6 +25,8 @@ LEFT_OUT = "left out by the option 'kernels'"
 class Chooser(Protocol):
     """Chooses among the kernels that accept a call: a race."""
 
+    def prepare(self, calls: Sequence[tuple[Call, Sequence[Kernel]]]) -> None: ...
+
     def choose(self, call: Call, accepted: Sequence[Kernel]) -> tuple[Kernel | None, list[tuple[str, str]]]: ...
 
 
@@ -45,11 +47,14 @@ def lower(
         race: chooses among the kernels that accept; the first in order of merit, if not given.
     """
     splicer = Splicer(gm)
+    if race is not None:
+        ours = [_call(op, node) for op, node in ((_op(node), node) for _, node in calls) if op]
+        race.prepare([(call, acceptances(call, arch, options)[0]) for call in ours])
     # In the order of the graph: what calls share must stand before the first of them.
     place = {node: k for k, node in enumerate(gm.graph.nodes)}
     for site, node in sorted(calls, key=lambda call: place[call[1]]):
-        op = node.target.name().split("::")[1].split(".")[0] if hasattr(node.target, "name") else ""
-        if op not in OPS or OPS[op].overload is not node.target:
+        op = _op(node)
+        if op is None:
             site.kernel = site.op  # a pattern of one's own may call any op
             continue
         site.floor = floor(_call(op, node), arch)
@@ -80,7 +85,9 @@ def _lower_one(
     race: Chooser | None,
 ) -> tuple[str, list[tuple[str, str]]]:
     """Give one call its kernel; returns which, and who declined or lost. Calls inside the kernel wait."""
-    call = _call(node.target.name().split("::")[1].split(".")[0], node)  # type: ignore[union-attr]
+    op = _op(node)
+    assert op is not None
+    call = _call(op, node)
     if race is None:
         chosen, refused = choose(call, arch, options)
     else:
@@ -88,7 +95,7 @@ def _lower_one(
         chosen, lost = race.choose(call, accepted)
         refused = refused + lost
     if chosen is not None and chosen.overload is None:
-        waiting += [n for n in splicer.inline(node, chosen) if _is_semantic(n)]
+        waiting += [n for n in splicer.inline(node, chosen) if _op(n)]
     elif chosen is not None:
         assert chosen.overload is not None
         node.target = chosen.overload
@@ -99,8 +106,9 @@ def _call(op: str, node: Node) -> Call:
     return Call(op, torch.fx.node.map_arg(OPS[op].bind(node), lambda n: n.meta["val"]))
 
 
-def _is_semantic(node: Node) -> bool:
-    return any(node.target is op.overload for op in OPS.values())
+def _op(node: Node) -> str | None:
+    """The name of the semantic op that a node calls."""
+    return next((name for name, op in OPS.items() if node.target is op.overload), None)
 
 
 def choose(call: Call, arch: Arch, options: Options) -> tuple[Kernel | None, list[tuple[str, str]]]:

@@ -102,6 +102,7 @@ class Kernel:
     inline: bool
     merit: int
     overload: torch._ops.OpOverload | None
+    triton: bool = False
 
 
 PatternFunction = Callable[[Node, "GraphView"], "Rewrite | Refusal | None"]
@@ -147,6 +148,7 @@ def register_kernel(
     accepts: Callable[[Call, Arch], Verdict],
     inline: bool = False,
     merit: int = 100,
+    triton: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a kernel of a semantic op; a name that exists is replaced.
 
@@ -158,6 +160,8 @@ def register_kernel(
             otherwise it becomes an opaque custom op that shares the semantic op's fake.
         merit: order of asking, highest first; the built-in ones lie between 0 and 50. 5 or less is a last resort,
             which is always right and never races.
+        triton: all that the function does on a GPU is launch Triton kernels and call PyTorch, and it keeps no tensor
+            of a call: then it is called with fake tensors once, and its kernels are compiled beside the others'.
 
     Raises:
         ValueError: there is no such semantic op, or the function's parameters are not the op's, in its order
@@ -175,7 +179,7 @@ def register_kernel(
             overload = define_custom_op(
                 _qualname(op, name), function, meaning.fake, meaning.mutates, meaning.schema
             )
-        kernel = Kernel(op, name, accepts, function, inline, merit, overload)
+        kernel = Kernel(op, name, accepts, function, inline, merit, overload, triton)
         others = [k for k in _kernels.get(op, []) if k.name != name]
         _kernels[op] = sorted([*others, kernel], key=lambda k: -k.merit)
         return function

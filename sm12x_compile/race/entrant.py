@@ -31,7 +31,7 @@ FILLS = (1.0, 0.4)  # parts of a cache that hold keys: full, and partly
 REFERENCE_FLOPS = {"cuda": 2e10, "cpu": 5e8}  # that the reference is given; a larger call is checked in part
 
 
-class _Lowered(TorchDispatchMode):
+class Lowered(TorchDispatchMode):
     """Semantic ops inside a kernel run as the kernel that would be chosen for them."""
 
     def __init__(self, arch: Arch, options: Options, known: list[Kernel | None]) -> None:
@@ -74,7 +74,7 @@ class Field:
     sets: list[dict[str, Any]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.small = shrunk(self.spec, REFERENCE_FLOPS.get(self.device.type, 5e8))
+        self.small = compared(self.spec, self.device)
         self.mutates = OPS[self.spec.op].mutates
         self.generator = torch.Generator(self.device).manual_seed(self.seed)
         if self.free_bytes is not None:
@@ -153,6 +153,11 @@ class Field:
         return [*results, *(arguments[n] for n in self.mutates)]
 
 
+def compared(spec: Spec, device: torch.device) -> Spec:
+    """The call, or a smaller one, on which kernels are held against the reference."""
+    return shrunk(spec, REFERENCE_FLOPS.get(device.type, 5e8))
+
+
 def _copy(value: Any) -> Any:
     """A tensor with the same strides in memory of its own."""
     if not isinstance(value, Tensor):
@@ -203,7 +208,7 @@ class Entrant:
         if self._inner == []:
             return self.kernel.run(**arguments)  # without the mode, which costs time on the host
         inner = self._inner or []
-        with _Lowered(self.field.arch, self.field.options, inner):
+        with Lowered(self.field.arch, self.field.options, inner):
             result = self.kernel.run(**arguments)
         self._inner = inner
         return result

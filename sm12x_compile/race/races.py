@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from ..arch import Arch
 from ..options import Options
 from ..registry import Call, Kernel
 from ..toolchain import available_memory
+from .ahead import compile_ahead, fake_run
 from .compiling import compiler_at_work
 from .contest import PATIENCE, Verdict, contest
-from .entrant import Entrant, Field
+from .entrant import Entrant, Field, compared
 from .identity import device_key, kernel_key, versions
 from .spec import CannotRace, Spec, bucket, describe, title
 from .timing import DeviceTimer, HostTimer, Timer
@@ -63,9 +65,8 @@ class Races:
             call: what is to be computed; its tensors may be fake.
             accepted: the kernels that take it, in order of merit.
         """
-        entrants = [k for k in accepted if k.merit > LAST_RESORT]
-        # One alone has no rival, but if it is opaque it must show that it is right.
-        if not entrants or (len(entrants) == 1 and entrants[0].inline):
+        entrants = _entrants(accepted)
+        if not entrants:
             return (accepted[0] if accepted else None), []
         try:
             verdict = self._verdict(call, entrants)
@@ -75,13 +76,38 @@ class Races:
             return accepted[0], []
         return _by(verdict, accepted)
 
-    def _verdict(self, call: Call, entrants: Sequence[Kernel]) -> Verdict:
-        spec = describe(call)
-        device = device_of(call)
-        key = {
+    def prepare(self, calls: Sequence[tuple[Call, Sequence[Kernel]]]) -> None:
+        """Compile side by side what the choices of these calls, with the kernels that accept them, are going to run."""
+        runs: dict[str, Callable[[], object]] = {}
+        device = None
+        for call, accepted in calls:
+            entrants = _entrants(accepted)
+            with contextlib.suppress(CannotRace):
+                spec, device = describe(call), device_of(call)
+                if device.type != "cuda" or not entrants:
+                    continue
+                key = self._key(spec, device, entrants)
+                kept = _settled.get(repr(key)) or self.verdicts.load(key)
+                specs = [spec] if kept else list({repr(s): s for s in (spec, compared(spec, device))}.values())
+                for kernel in entrants if kept is None else [k for k in entrants if k.name == kept.winner]:
+                    if kernel.triton or kernel.inline:
+                        run = partial(fake_run, kernel, specs, device, self.arch, self.options)
+                        runs.setdefault(repr((kernel.name, specs)), run)
+        if device is not None and runs:
+            begun = time.monotonic()
+            kernels = compile_ahead(list(runs.values()), device)
+            logger.debug("%d Triton kernels compiled ahead in %.1f s", kernels, time.monotonic() - begun)
+
+    def _key(self, spec: Spec, device: torch.device, entrants: Sequence[Kernel]) -> dict[str, Any]:
+        return {
             "call": bucket(spec), "device": device_key(device), "versions": versions(),
             "kernels": [kernel_key(k) for k in entrants], "seconds": self.options.race_seconds,
         }  # fmt: skip
+
+    def _verdict(self, call: Call, entrants: Sequence[Kernel]) -> Verdict:
+        spec = describe(call)
+        device = device_of(call)
+        key = self._key(spec, device, entrants)
         name = repr(key)
         if name in _settled:
             return _settled[name]
@@ -121,6 +147,12 @@ class Races:
         for name, reason in verdict.out.items():
             logger.warning("kernel %s is out for %s: it %s", name, title(spec), reason)
         logger.info("race of %s: %s wins (%s)", title(spec), verdict.winner, source)
+
+
+def _entrants(accepted: Sequence[Kernel]) -> list[Kernel]:
+    """Those that race; one alone has no rival, but if it is opaque it must show that it is right."""
+    found = [k for k in accepted if k.merit > LAST_RESORT]
+    return [] if len(found) == 1 and found[0].inline else found
 
 
 def _by(verdict: Verdict, accepted: Sequence[Kernel]) -> tuple[Kernel | None, list[tuple[str, str]]]:
