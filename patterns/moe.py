@@ -35,7 +35,7 @@ from .moe_emit import Emitter
 from .routed import Unreadable
 
 
-@register_pattern("moe", anchors=ANCHORS, merit=0)
+@register_pattern("moe", anchors=ANCHORS, merit=0, packed=True)
 def moe(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     """Recognise one block of experts by what selects them."""
     if not selects_experts(anchor):

@@ -28,7 +28,7 @@ ANCHORS = [
 ]  # fmt: skip
 
 
-@register_pattern("mxfp4_linear", anchors=ANCHORS, merit=0)
+@register_pattern("mxfp4_linear", anchors=ANCHORS, merit=0, packed=True)
 def mxfp4_linear(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     """Recognise a product of activations and a packed weight."""
     if not graph.graph.find_nodes(op="call_function", target=EITHER):

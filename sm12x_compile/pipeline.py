@@ -87,7 +87,7 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
     view = GraphView(normal)
     found: list[tuple[Site, Node | None]] = []
     wanted = [p for p in patterns() if options.wants_pattern(p.name)]
-    packed = any(p.name in ("moe", "mxfp4_linear") for p in wanted)
+    packed = any(p.packed for p in wanted)
     if packed:
         found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in mark_packed(view)]
     for pattern in wanted:

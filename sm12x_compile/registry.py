@@ -114,6 +114,7 @@ class Pattern:
     anchors: frozenset[Any]
     recognise: PatternFunction
     merit: int
+    packed: bool = False
 
 
 _patterns: dict[str, Pattern] = {}
@@ -122,7 +123,7 @@ _qualnames: set[str] = set()
 
 
 def register_pattern(
-    name: str, *, anchors: Sequence[Any], merit: int = 100
+    name: str, *, anchors: Sequence[Any], merit: int = 100, packed: bool = False
 ) -> Callable[[PatternFunction], PatternFunction]:
     """Register a recogniser; a name that exists is replaced, so a notebook cell can be run twice.
 
@@ -130,12 +131,14 @@ def register_pattern(
         name: what the report and the option ``patterns`` call it.
         anchors: targets (``torch.ops.aten...`` overloads) that the family cannot be written without.
         merit: patterns with higher merit see the graph first; the built-in ones have 0.
+        packed: it takes weights that are stored as MXFP4: where a graph decodes such weights, the pattern finds
+            ``sm12x::mxfp4_weight`` in the place of the decoding (see `patterns/dequantise.py`).
     """
     if not anchors:
         raise ValueError(f"pattern {name!r} needs at least one anchor, e.g. torch.ops.aten.softmax.int")
 
     def register(function: PatternFunction) -> PatternFunction:
-        _patterns[name] = Pattern(name, frozenset(anchors), function, merit)
+        _patterns[name] = Pattern(name, frozenset(anchors), function, merit, packed)
         return function
 
     return register
