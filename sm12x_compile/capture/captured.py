@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .experiment import Refused, find_binding
-from .fingerprint import Meaning, Opaque
+from .fingerprint import Meaning
 from .library import FEATURE, Binding, kinds_of
+from .pure_code import Opaque
 
 RESULTS = ("both", "o, None", "o")
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from sm12x_compile.ops import gated_delta_rule
 from sm12x_compile.smooth import NotSmooth, bench, close
 
-from .fingerprint import LARGEST_NUMBER, Meaning, Opaque, Watcher
+from .fingerprint import Meaning
 from .library import ROLES, Binding, Kind, Scale
+from .pure_code import LARGEST_NUMBER, Opaque
+from .watcher import Watcher
 
 TOLERANCE = 1e-7
 # The dtypes the op understands. In fp64 the references compute in fp32, the op does not.

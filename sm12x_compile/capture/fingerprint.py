@@ -14,41 +14,31 @@ from __future__ import annotations
 import ast
 import builtins
 import hashlib
-import inspect
-import textwrap
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from sm12x_compile.smooth import words
-
-# A number larger than this could stand for a size that no experiment reaches.
-LARGEST_NUMBER = 256
-
-_BUILTINS = words(
-    "range len zip enumerate min max abs sum int float bool tuple list dict map reversed sorted isinstance slice "
-    "round divmod pow any all str AssertionError ValueError TypeError RuntimeError NotImplementedError"
+from .pure_code import (
+    BUILTINS,
+    FORBIDDEN,
+    LARGEST_NUMBER,
+    REFUSED_EXPRESSIONS,
+    STATEMENTS,
+    TORCH_NAMES,
+    TRUSTED,
+    Opaque,
+    asks_for_export,
+    assigned,
+    definition,
+    is_constant,
+    is_filled,
+    is_method,
+    is_operator,
+    is_small_power,
+    is_trusted,
 )
-_CONTAINER_METHODS = words("append extend insert items keys values get copy index count format join pop")
-_TENSOR_METHODS = words(
-    "size dim numel type float double half bfloat16 long int bool to new_zeros new_empty new_full new_ones stride "
-    "is_contiguous contiguous element_size expand_as view_as type_as reshape_as unflatten ndimension nelement"
-)
-_FORBIDDEN = words("item tolist numpy set_ resize_ requires_grad_ data backward cuda cpu grad")
-_TRUSTED = ("torch", "math", "einops", "operator")
-_TORCH_NAMES = words("einsum finfo Size is_tensor promote_types broadcast_shapes tensor normalize")
-_STATEMENTS = (
-    ast.FunctionDef, ast.Return, ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.While, ast.If, ast.Expr,
-    ast.Pass, ast.Assert, ast.Raise, ast.Break, ast.Continue,
-)  # fmt: skip
-_REFUSED_EXPRESSIONS = (ast.Await, ast.Yield, ast.YieldFrom)
-
-
-class Opaque(Exception):
-    """The function is not pure tensor code, or its source is not at hand; the message says what stands against it."""
+from .watcher import Watcher
 
 
 @dataclass(frozen=True)
@@ -67,50 +57,6 @@ class Meaning:
     watched: Callable[[Watcher], Callable[..., Any]]
     numbers: frozenset[float]
     reads_keywords: bool
-
-
-class Watcher:
-    """What the control flow of a watched function asked, over all its runs."""
-
-    def __init__(self) -> None:
-        self.asked: dict[tuple[str, int], set[tuple[Any, ...]]] = {}
-        self.reason: str | None = None
-
-    def truth(self, place: tuple[str, int], value: Any) -> Any:
-        """A value whose truth decides where the code goes."""
-        if isinstance(value, torch.Tensor):
-            self.reason = "its control flow depends on the values of a tensor"
-            raise Opaque(self.reason)
-        self._note(place, ("truth", value if isinstance(value, (bool, int, float)) else value is None, bool(value)))
-        return value
-
-    def compare(self, place: tuple[str, int], kind: str, left: Any, right: Any, result: Any) -> Any:
-        """A comparison, wherever it stands."""
-        if not isinstance(result, torch.Tensor) and kind not in ("Is", "IsNot"):
-            known = all(isinstance(x, (bool, int, float, str, tuple, type(None), torch.dtype)) for x in (left, right))
-            self._note(place, (kind, left, right, bool(result)) if known else (kind, bool(result)))
-        return result
-
-    def _note(self, place: tuple[str, int], what: tuple[Any, ...]) -> None:
-        self.asked.setdefault(place, set()).add(what)
-
-    def unsettled(self) -> str | None:
-        """Why the runs so far do not tell how the function behaves for other sizes; None if they do.
-
-        A question is settled if it was answered both ways, if what it asks was the same in every run (the runs vary
-        all sizes), or if it asks whether two sizes are equal that both vary.
-        """
-        for answers in self.asked.values():
-            outcomes = {a[-1] for a in answers}
-            if len(outcomes) == 2 or len(answers) == 1:
-                continue
-            first = next(iter(answers))
-            if first[0] in ("Eq", "NotEq") and len(first) == 4:
-                left, right = ({a[k] for a in answers} for k in (1, 2))
-                if len(left) > 1 and len(right) > 1:
-                    continue
-            return "it treats some sizes in a way that no small experiment reaches"
-        return None
 
 
 def read(function: types.FunctionType) -> Meaning:
@@ -134,13 +80,13 @@ class _Reader(ast.NodeTransformer):
         self.namespace: dict[str, Any] = {}
         self.numbers: set[float] = set()
         self.places = 0
-        self.tree = _definition(function)
+        self.tree = definition(function)
         self.cells = {
             name: cell.cell_contents
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-            if _is_filled(cell)
+            if is_filled(cell)
         }
-        self.locals = _assigned(self.tree)
+        self.locals = assigned(self.tree)
         self.functions = {
             n.name for n in ast.walk(self.tree) if isinstance(n, ast.FunctionDef)
         } | {
@@ -151,10 +97,10 @@ class _Reader(ast.NodeTransformer):
 
     def meaning(self) -> Meaning:
         for value in (*(self.function.__defaults__ or ()), *(self.function.__kwdefaults__ or {}).values()):
-            if not _is_constant(value):
+            if not is_constant(value):
                 raise Opaque("a default of its arguments is an object")
             self._number(value)
-        normal = ast.dump(_Nameless(self).visit(_definition(self.function)))
+        normal = ast.dump(_Nameless(self).visit(definition(self.function)))
         keywords = self.tree.args.kwarg
         reads_keywords = keywords is not None and any(
             isinstance(n, ast.Name) and n.id == keywords.arg for n in ast.walk(self.tree)
@@ -180,14 +126,14 @@ class _Reader(ast.NodeTransformer):
     # ------------------------------------------------------------ what is allowed
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.stmt) and not isinstance(node, (*_STATEMENTS, ast.Import, ast.ImportFrom)):
+        if isinstance(node, ast.stmt) and not isinstance(node, (*STATEMENTS, ast.Import, ast.ImportFrom)):
             raise Opaque(f"it contains a {type(node).__name__.lower()} statement")
-        if isinstance(node, _REFUSED_EXPRESSIONS):
+        if isinstance(node, REFUSED_EXPRESSIONS):
             raise Opaque("it is a generator or a coroutine")
         return super().visit(node)
 
     def visit_Import(self, node: ast.Import) -> ast.AST:
-        if any(alias.name.split(".")[0] not in _TRUSTED for alias in node.names):
+        if any(alias.name.split(".")[0] not in TRUSTED for alias in node.names):
             raise Opaque("it imports a module")
         raise Opaque("it imports while it runs")
 
@@ -202,7 +148,7 @@ class _Reader(ast.NodeTransformer):
         if all(
             isinstance(n, (ast.BinOp, ast.UnaryOp, ast.Constant, ast.operator, ast.unaryop)) for n in ast.walk(node)
         ):
-            if isinstance(node.op, ast.Pow) and not _is_small_power(node):
+            if isinstance(node.op, ast.Pow) and not is_small_power(node):
                 raise Opaque("a number in it is larger than any experiment")
             self._number(eval(compile(ast.Expression(node), "<number>", "eval"), {"__builtins__": {}}))
         return self.generic_visit(node)
@@ -219,7 +165,7 @@ class _Reader(ast.NodeTransformer):
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         if not isinstance(node.ctx, ast.Load):
             raise Opaque("it writes an attribute")
-        if node.attr in _FORBIDDEN or node.attr.startswith("__"):
+        if node.attr in FORBIDDEN or node.attr.startswith("__"):
             raise Opaque(f"it uses .{node.attr}")
         return self.generic_visit(node)
 
@@ -229,15 +175,13 @@ class _Reader(ast.NodeTransformer):
         if isinstance(node.ctx, ast.Store):
             raise Opaque(f"it writes the global {node.id}")
         value = self.resolve(node.id)
-        if isinstance(value, types.FunctionType) and not _is_trusted(value):
+        if isinstance(value, types.FunctionType) and not is_trusted(value):
             if node.id not in self.helpers:
-                if _asks_for_export(value):
+                if asks_for_export(value):
                     self.namespace[node.id] = _no  # a graph for our backend is never an exported one
                     return node
                 self.helpers[node.id] = _Reader(value, self.above).meaning()
-        elif (
-            _is_constant(value) or _is_trusted(value) or (node.id in _BUILTINS and value is getattr(builtins, node.id))
-        ):
+        elif is_constant(value) or is_trusted(value) or (node.id in BUILTINS and value is getattr(builtins, node.id)):
             self._number(value)
             self.namespace[node.id] = value
         else:
@@ -261,7 +205,7 @@ class _Reader(ast.NodeTransformer):
             known, value = self._chain(function)
             if known:
                 self._check_callable(value, function.attr)
-            elif not _is_method(function.attr):
+            elif not is_method(function.attr):
                 raise Opaque(f"it calls .{function.attr}()")
         elif not isinstance(function, ast.Lambda):
             raise Opaque("it calls the result of an expression")
@@ -274,23 +218,23 @@ class _Reader(ast.NodeTransformer):
         if isinstance(node, ast.Attribute):
             known, value = self._chain(node.value)
             if known and isinstance(value, types.ModuleType):
-                if not _is_trusted(value) or not hasattr(value, node.attr):
+                if not is_trusted(value) or not hasattr(value, node.attr):
                     raise Opaque(f"it uses {node.attr} of a module that is not torch's")
                 return True, getattr(value, node.attr)
         return False, None
 
     def _check_callable(self, value: Any, name: str) -> None:
-        if isinstance(value, types.FunctionType) and not _is_trusted(value):
+        if isinstance(value, types.FunctionType) and not is_trusted(value):
             return  # visit_Name reads it
-        if name in _BUILTINS and value is getattr(builtins, name, None):
+        if name in BUILTINS and value is getattr(builtins, name, None):
             return
         root = (getattr(value, "__module__", None) or "torch").split(".")[0]
-        if root == "torch" or (isinstance(value, types.BuiltinFunctionType) and root not in _TRUSTED):
+        if root == "torch" or (isinstance(value, types.BuiltinFunctionType) and root not in TRUSTED):
             name = getattr(value, "__name__", name)
             name = name.removeprefix("linalg_")
-            if name not in _TORCH_NAMES and not _is_operator(name) and not _is_operator(f"linalg_{name}"):
+            if name not in TORCH_NAMES and not is_operator(name) and not is_operator(f"linalg_{name}"):
                 raise Opaque(f"it calls {name}, which is no tensor operator")
-        elif root not in _TRUSTED:
+        elif root not in TRUSTED:
             raise Opaque(f"it calls {name}, which is not known")
 
     # ------------------------------------------------------------ what is watched
@@ -380,92 +324,17 @@ class _Nameless(ast.NodeTransformer):
         if node.id in self.reader.locals:
             return ast.Name(self._local(node.id), node.ctx)
         value = self.reader.resolve(node.id)
-        if isinstance(value, types.FunctionType) and not _is_trusted(value):
-            if _asks_for_export(value):
+        if isinstance(value, types.FunctionType) and not is_trusted(value):
+            if asks_for_export(value):
                 return ast.Constant(False)
             return ast.Name(_Reader(value, self.reader.above).meaning().fingerprint, node.ctx)
-        return ast.Constant(value) if _is_constant(value) else ast.Name(getattr(value, "__name__", node.id), node.ctx)
+        return ast.Constant(value) if is_constant(value) else ast.Name(getattr(value, "__name__", node.id), node.ctx)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         known, value = self.reader._chain(node)
         if known and getattr(value, "__module__", None) is not None:
             return ast.Name(f"{value.__module__}.{getattr(value, '__qualname__', node.attr)}", node.ctx)
         return self.generic_visit(node)
-
-
-def _definition(function: types.FunctionType) -> ast.FunctionDef:
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-        tree = ast.parse(source)
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        raise Opaque("its source is not at hand") from None
-    if len(tree.body) != 1 or not isinstance(tree.body[0], ast.FunctionDef):
-        raise Opaque("its source is not a single function")
-    definition = tree.body[0]
-    if definition.name != function.__code__.co_name or _parameters(definition) != _code_parameters(function.__code__):
-        raise Opaque("its source is that of another function")
-    return definition
-
-
-def _parameters(tree: ast.FunctionDef) -> list[str]:
-    a = tree.args
-    rest = [x.arg for x in (a.vararg, a.kwarg) if x]
-    return [x.arg for x in (*a.posonlyargs, *a.args, *a.kwonlyargs)] + rest
-
-
-def _code_parameters(code: types.CodeType) -> list[str]:
-    count = code.co_argcount + code.co_kwonlyargcount
-    count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
-    return list(code.co_varnames[:count])
-
-
-def _assigned(tree: ast.FunctionDef) -> set[str]:
-    """Names of arguments and locals, also those of functions and comprehensions inside."""
-    found = {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
-    found |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    return found | {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n is not tree}
-
-
-def _is_filled(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.memory_format))
-
-
-def _is_trusted(value: Any) -> bool:
-    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    return name is not None and name.split(".")[0] in (*_TRUSTED, "_operator")
-
-
-def _is_method(name: str) -> bool:
-    return name in _TENSOR_METHODS or name in _CONTAINER_METHODS or _is_operator(name.rstrip("_"))
-
-
-def _is_operator(name: str) -> bool:
-    return name not in _FORBIDDEN and hasattr(torch.ops.aten, name)
-
-
-def _is_small_power(node: ast.BinOp) -> bool:
-    right = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
-    return isinstance(right, ast.Constant) and isinstance(right.value, (int, float)) and abs(right.value) <= 16
-
-
-def _asks_for_export(function: types.FunctionType) -> bool:
-    """Whether a function without arguments asks torch if the code is being exported, and nothing else."""
-    code = function.__code__
-    names = set(code.co_names)
-    return (
-        not _code_parameters(code) and "is_exporting" in names
-        and names <= {"torch", "compiler", "is_exporting", "Exception", "_dynamo"}
-    )  # fmt: skip
 
 
 def _no() -> bool:

@@ -25,8 +25,9 @@ from .captured import (
     parameters_of,
     plan_for,
 )
-from .fingerprint import Opaque, read
+from .fingerprint import read
 from .library import FEATURE
+from .pure_code import Opaque
 from .scope import compiling_for_us
 
 logger = logging.getLogger("sm12x_compile")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import sm12x_compile
-from sm12x_compile.capture.fingerprint import Opaque, read
+from sm12x_compile.capture.fingerprint import read
+from sm12x_compile.capture.pure_code import Opaque
 from sm12x_compile.ops import OPS
 
 from .variants import CAPTURED, CHUNKED, LEFT, changed, load

@@ -29,9 +29,7 @@ class Untouchable(Exception):
     """The function has a construct around which nothing is rewritten."""
 
 
-def rewrite_function(
-    function: ast.FunctionDef, names: Mapping[str, Any]
-) -> tuple[ast.FunctionDef, list[Change]]:
+def rewrite_function(function: ast.FunctionDef, names: Mapping[str, Any]) -> tuple[ast.FunctionDef, list[Change]]:
     """A function's rewritten form, and what was done in which lines.
 
     Args:

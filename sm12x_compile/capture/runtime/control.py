@@ -126,9 +126,7 @@ def _select_number(t: Predicate, a: Any, b: Any) -> Any:
         refuse("a name gets an int or a float, depending on tensor values")
     device = t.tensor().device
     dtype = torch.float64 if floats[0] else torch.int64
-    values = [
-        x.tensor() if isinstance(x, Number) else torch.tensor(x, dtype=dtype, device=device) for x in (a, b)
-    ]
+    values = [x.tensor() if isinstance(x, Number) else torch.tensor(x, dtype=dtype, device=device) for x in (a, b)]
     return Number(torch.where(t.tensor(), values[0], values[1]))
 
 

@@ -55,24 +55,59 @@ class Number:
     def item(self) -> Number:
         return self
 
-    def __add__(self, o: Any) -> Any: return _binary(torch.add, self, o)
-    def __radd__(self, o: Any) -> Any: return _binary(torch.add, o, self)
-    def __sub__(self, o: Any) -> Any: return _binary(torch.sub, self, o)
-    def __rsub__(self, o: Any) -> Any: return _binary(torch.sub, o, self)
-    def __mul__(self, o: Any) -> Any: return _binary(torch.mul, self, o)
-    def __rmul__(self, o: Any) -> Any: return _binary(torch.mul, o, self)
-    def __neg__(self) -> Number: return Number(-self.tensor())
-    def __abs__(self) -> Number: return Number(self.tensor().abs())
-    def __truediv__(self, o: Any) -> Any: return _divide(torch.true_divide, self, o)
-    def __rtruediv__(self, o: Any) -> Any: return _divide(torch.true_divide, o, self)
-    def __floordiv__(self, o: Any) -> Any: return _divide(torch.floor_divide, self, o)
-    def __mod__(self, o: Any) -> Any: return _divide(torch.remainder, self, o)
-    def __eq__(self, o: Any) -> Any: return _compare(torch.eq, self, o)
-    def __ne__(self, o: Any) -> Any: return _compare(torch.ne, self, o)
-    def __lt__(self, o: Any) -> Any: return _compare(torch.lt, self, o)
-    def __le__(self, o: Any) -> Any: return _compare(torch.le, self, o)
-    def __gt__(self, o: Any) -> Any: return _compare(torch.gt, self, o)
-    def __ge__(self, o: Any) -> Any: return _compare(torch.ge, self, o)
+    def __add__(self, o: Any) -> Any:
+        return _binary(torch.add, self, o)
+
+    def __radd__(self, o: Any) -> Any:
+        return _binary(torch.add, o, self)
+
+    def __sub__(self, o: Any) -> Any:
+        return _binary(torch.sub, self, o)
+
+    def __rsub__(self, o: Any) -> Any:
+        return _binary(torch.sub, o, self)
+
+    def __mul__(self, o: Any) -> Any:
+        return _binary(torch.mul, self, o)
+
+    def __rmul__(self, o: Any) -> Any:
+        return _binary(torch.mul, o, self)
+
+    def __neg__(self) -> Number:
+        return Number(-self.tensor())
+
+    def __abs__(self) -> Number:
+        return Number(self.tensor().abs())
+
+    def __truediv__(self, o: Any) -> Any:
+        return _divide(torch.true_divide, self, o)
+
+    def __rtruediv__(self, o: Any) -> Any:
+        return _divide(torch.true_divide, o, self)
+
+    def __floordiv__(self, o: Any) -> Any:
+        return _divide(torch.floor_divide, self, o)
+
+    def __mod__(self, o: Any) -> Any:
+        return _divide(torch.remainder, self, o)
+
+    def __eq__(self, o: Any) -> Any:
+        return _compare(torch.eq, self, o)
+
+    def __ne__(self, o: Any) -> Any:
+        return _compare(torch.ne, self, o)
+
+    def __lt__(self, o: Any) -> Any:
+        return _compare(torch.lt, self, o)
+
+    def __le__(self, o: Any) -> Any:
+        return _compare(torch.le, self, o)
+
+    def __gt__(self, o: Any) -> Any:
+        return _compare(torch.gt, self, o)
+
+    def __ge__(self, o: Any) -> Any:
+        return _compare(torch.ge, self, o)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -91,10 +126,40 @@ class Number:
 
 _WITH_TENSORS = frozenset(
     {
-        "add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "eq", "ne", "lt", "le",
-        "gt", "ge", "rsub", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__div__",
-        "__rdiv__", "__truediv__", "__rtruediv__", "__floordiv__", "__rfloordiv__", "__mod__", "__rmod__",
-        "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "true_divide",
+        "floor_divide",
+        "remainder",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "rsub",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__div__",
+        "__rdiv__",
+        "__truediv__",
+        "__rtruediv__",
+        "__floordiv__",
+        "__rfloordiv__",
+        "__mod__",
+        "__rmod__",
+        "__eq__",
+        "__ne__",
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
     }
 )
 

@@ -149,30 +149,77 @@ class Rows:
 
     # Python's operators.
 
-    def __add__(self, o: Any) -> Any: return _operator(torch.add, "add", self, o)
-    def __radd__(self, o: Any) -> Any: return _operator(torch.add, "add", o, self)
-    def __sub__(self, o: Any) -> Any: return _operator(torch.sub, "sub", self, o)
-    def __rsub__(self, o: Any) -> Any: return _operator(torch.sub, "sub", o, self)
-    def __mul__(self, o: Any) -> Any: return _operator(torch.mul, "mul", self, o)
-    def __rmul__(self, o: Any) -> Any: return _operator(torch.mul, "mul", o, self)
-    def __truediv__(self, o: Any) -> Any: return _operator(torch.div, "div", self, o)
-    def __rtruediv__(self, o: Any) -> Any: return _operator(torch.div, "div", o, self)
-    def __floordiv__(self, o: Any) -> Any: return _operator(torch.floor_divide, "floor_divide", self, o)
-    def __mod__(self, o: Any) -> Any: return _operator(torch.remainder, "remainder", self, o)
-    def __pow__(self, o: Any) -> Any: return _operator(torch.pow, "pow", self, o)
-    def __matmul__(self, o: Any) -> Any: return _operator(torch.matmul, "matmul", self, o)
-    def __rmatmul__(self, o: Any) -> Any: return _operator(torch.matmul, "matmul", o, self)
-    def __and__(self, o: Any) -> Any: return _operator(torch.bitwise_and, "bitwise_and", self, o)
-    def __or__(self, o: Any) -> Any: return _operator(torch.bitwise_or, "bitwise_or", self, o)
-    def __eq__(self, o: Any) -> Any: return _operator(torch.eq, "eq", self, o)
-    def __ne__(self, o: Any) -> Any: return _operator(torch.ne, "ne", self, o)
-    def __lt__(self, o: Any) -> Any: return _operator(torch.lt, "lt", self, o)
-    def __le__(self, o: Any) -> Any: return _operator(torch.le, "le", self, o)
-    def __gt__(self, o: Any) -> Any: return _operator(torch.gt, "gt", self, o)
-    def __ge__(self, o: Any) -> Any: return _operator(torch.ge, "ge", self, o)
-    def __neg__(self) -> Any: return _operator(torch.neg, "neg", self)
-    def __abs__(self) -> Any: return _operator(torch.abs, "abs", self)
-    def __invert__(self) -> Any: return _operator(torch.bitwise_not, "bitwise_not", self)
+    def __add__(self, o: Any) -> Any:
+        return _operator(torch.add, "add", self, o)
+
+    def __radd__(self, o: Any) -> Any:
+        return _operator(torch.add, "add", o, self)
+
+    def __sub__(self, o: Any) -> Any:
+        return _operator(torch.sub, "sub", self, o)
+
+    def __rsub__(self, o: Any) -> Any:
+        return _operator(torch.sub, "sub", o, self)
+
+    def __mul__(self, o: Any) -> Any:
+        return _operator(torch.mul, "mul", self, o)
+
+    def __rmul__(self, o: Any) -> Any:
+        return _operator(torch.mul, "mul", o, self)
+
+    def __truediv__(self, o: Any) -> Any:
+        return _operator(torch.div, "div", self, o)
+
+    def __rtruediv__(self, o: Any) -> Any:
+        return _operator(torch.div, "div", o, self)
+
+    def __floordiv__(self, o: Any) -> Any:
+        return _operator(torch.floor_divide, "floor_divide", self, o)
+
+    def __mod__(self, o: Any) -> Any:
+        return _operator(torch.remainder, "remainder", self, o)
+
+    def __pow__(self, o: Any) -> Any:
+        return _operator(torch.pow, "pow", self, o)
+
+    def __matmul__(self, o: Any) -> Any:
+        return _operator(torch.matmul, "matmul", self, o)
+
+    def __rmatmul__(self, o: Any) -> Any:
+        return _operator(torch.matmul, "matmul", o, self)
+
+    def __and__(self, o: Any) -> Any:
+        return _operator(torch.bitwise_and, "bitwise_and", self, o)
+
+    def __or__(self, o: Any) -> Any:
+        return _operator(torch.bitwise_or, "bitwise_or", self, o)
+
+    def __eq__(self, o: Any) -> Any:
+        return _operator(torch.eq, "eq", self, o)
+
+    def __ne__(self, o: Any) -> Any:
+        return _operator(torch.ne, "ne", self, o)
+
+    def __lt__(self, o: Any) -> Any:
+        return _operator(torch.lt, "lt", self, o)
+
+    def __le__(self, o: Any) -> Any:
+        return _operator(torch.le, "le", self, o)
+
+    def __gt__(self, o: Any) -> Any:
+        return _operator(torch.gt, "gt", self, o)
+
+    def __ge__(self, o: Any) -> Any:
+        return _operator(torch.ge, "ge", self, o)
+
+    def __neg__(self) -> Any:
+        return _operator(torch.neg, "neg", self)
+
+    def __abs__(self) -> Any:
+        return _operator(torch.abs, "abs", self)
+
+    def __invert__(self) -> Any:
+        return _operator(torch.bitwise_not, "bitwise_not", self)
 
     __hash__ = None  # type: ignore[assignment]
 
