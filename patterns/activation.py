@@ -10,7 +10,7 @@ and compared with these. Routing weights that stand in the product come back bes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,20 +41,24 @@ class Activation:
 
 
 def read_activation(
-    reader: Reader, hidden: tuple[Expr, ...], inner: Var, node: Node
+    reader: Reader, hidden: tuple[Expr, ...], inner: Var, node: Node, is_projection: Callable[[Expr], bool]
 ) -> tuple[Activation, tuple[Expr, ...]]:
     """Read a product of factors that run over `inner`; what does not (a routing weight) comes back beside it.
 
     Raises:
-        Unreadable: it is none of the forms above.
+        Unreadable: it is none of the forms above; with a refusal if it is computed from a projection.
     """
+
+    def refused(reason: str, leaves: Sequence[Expr]) -> Unreadable:
+        return Unreadable(Refusal(reason, node) if any(is_projection(leaf) for leaf in leaves) else None)
+
     parts = [p for expr in hidden for p in _parts(reader, expr)]
     varying = [p for p in parts if reader.depends(p, inner)]
     scalars = [p for p in parts if not reader.depends(p, inner)]
     try:
         formula = read_formula(reader, varying, inner)
     except NotTabulated as why:
-        raise Unreadable(Refusal(f"between the experts' matrices stands {why}", node)) from None
+        raise refused(f"between the experts' matrices stands {why}", why.leaves) from None
     for found in _candidates(formula):
         factor = factor_between(formula, found.name, found.alpha, swapped=found.gate is not formula.leaves[0])
         if factor is not None:
@@ -64,7 +68,7 @@ def read_activation(
         "between the experts' matrices stands a function of the first one's result that is none of silu, gelu, relu "
         "and relu squared, times up or alone, or gpt-oss's SwiGLU"
     )
-    raise Unreadable(Refusal(reason, node))
+    raise refused(reason, formula.leaves)
 
 
 def _candidates(formula: Formula) -> Iterator[Activation]:

@@ -147,10 +147,15 @@ def _path(anchor: Node) -> list[Node]:
         if not readers:
             break
         node = max(readers)
-        if node.target in _FOREIGN:
+        if node.target in _FOREIGN and (node.target is not aten.softmax.int or path and _has_product(path)):
             break
         path.append(node)
     return [] if anchor.meta.get(_DEAD) else path
+
+
+def _has_product(path: list[Node]) -> bool:
+    """Whether experts were met; before them, scores of which some are -inf go through a softmax."""
+    return any(node.target in _PRODUCTS for node in path)
 
 
 def _may_end(node: Node) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from sm12x_compile.index_algebra import Apply, Element, Expr, Number, Reduce, Var
+from sm12x_compile.index_algebra import Apply, Element, Expr, Number, Var
 from sm12x_compile.index_algebra.expr import argument, operand
 from sm12x_compile.ops.moe import activate
 
@@ -40,7 +40,11 @@ _FAR = (20.0, 90.0, 1e4, 1e6)
 
 
 class NotTabulated(Exception):
-    """It is no such function; the message says what it is instead."""
+    """It is no such function; the message says what it is instead, `leaves` what it is computed from."""
+
+    def __init__(self, message: str, leaves: Sequence[Expr]) -> None:
+        super().__init__(message)
+        self.leaves = tuple(leaves)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def read_formula(reader: Reader, factors: Sequence[Expr], inner: Var) -> Formula
     reading = _Reading(reader, inner)
     parts = [reading.read(f) for f in factors]
     if len(reading.leaves) > 2:
-        raise NotTabulated(f"a function of {len(reading.leaves)} values, where gate and up are known")
+        raise NotTabulated(f"a function of {len(reading.leaves)} values, where gate and up are known", reading.leaves)
 
     def product(values: Sequence[Tensor]) -> Tensor:
         result = torch.ones_like(values[0])
@@ -126,7 +130,7 @@ class _Reading:
             self.numbers.append(number)
             return lambda values: torch.full_like(values[0], number)
         if not self.reader.depends(expr, self.inner):
-            raise NotTabulated("a value inside the activation that the run decides")
+            raise NotTabulated("a function of something else than the first matrix's result, too", self.leaves)
         if isinstance(made, Apply) and not self._is_projection(made):
             function = self._operator(made)
             if function is not None:
@@ -178,7 +182,7 @@ class _Reading:
         for arg in made.args:
             expr = settled(self.reader, arg)
             inside = self.reader.meaning(expr) if isinstance(expr, Element) else expr
-            if not (inside is None or isinstance(inside, Reduce)):
+            if isinstance(inside, (Apply, Number)):
                 return False
             if isinstance(expr, Element) and self._is_function(expr):
                 return False
