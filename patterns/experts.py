@@ -136,6 +136,10 @@ def _at_choice(reader: Reader, choice: Choice, slot: Index) -> Choice:
     return replace(choice, factors=tuple(at_choice(reader, f, slot, choice.ids) for f in choice.factors))
 
 
+class _ChosenInside(Unreadable):
+    """Something did choose the experts before them, but not as the op wants it."""
+
+
 def _collect_inside(
     reader: Reader, sums: list[_Sum], term: Term, main: Element, own: list[Var], tokens: tuple[Var, ...]
 ) -> None:
@@ -148,9 +152,9 @@ def _collect_inside(
         known = _Sum(Index.of(others[0]) if others else None, (), (main, inner, hidden))
         try:
             expert = _expert(reader, known, main.node, set(tokens))
-        except Unreadable as why:
-            if why.refusal is not None and not others:
-                raise
+        except _ChosenInside:
+            raise
+        except Unreadable:
             continue
         if len(hidden) != len(term.factors) or len(own) != len(term.vars):
             raise Unreadable(Refusal("routing weights stand before the experts and behind them", main.node))
@@ -321,7 +325,7 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
         biased = sum_.bias is not None or gate.bias is not None or (up is not None and up.bias is not None)
         if biased or between or (activation.limit is not None and activation.limit < 0):
             reason = "experts whose input is zero for tokens that did not choose them have a bias, which those get, too"
-            raise Unreadable(Refusal(reason, node))
+            raise _ChosenInside(Refusal(reason, node))
     else:
         weights = tuple(w for w in weights if not _says_chosen(reader, w, slot, choices))
     if weights and (between or any(c.factors for c in choices)):
@@ -358,7 +362,7 @@ def _chosen_inside(
                 continue
             if len(picks) != 1 or not are_distinct(picks[0]):
                 reason = "an expert that is chosen twice gets one input weighed by both; choose with topk"
-                raise Unreadable(Refusal(reason, node))
+                raise _ChosenInside(Refusal(reason, node))
             others = list(weights)
             others.remove(f)
             pick = _at_choice(reader, replace(picks[0], any=False), candidate)
