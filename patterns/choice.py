@@ -198,17 +198,12 @@ def _filled(reader: Reader, scores: Expr, slot: Index) -> Choice | None:
     picks = _summed(picks)
     if picks is None or len(picks) != 1 or picks[0].factors:
         return None
-    return replace(picks[0], factors=(at_choice(reader, kept, slot, picks[0].ids),))
+    return replace(picks[0], factors=(at_choice(kept, slot, picks[0].ids),))
 
 
-def at_choice(reader: Reader, expr: Expr, slot: Index, ids: Index) -> Expr:
-    """An expression at the expert that was chosen, where ``ids == slot``."""
-    if (var := slot.var) is not None:
-        return rename(expr, {var: ids})
-    if isinstance(expr, Element):
-        at = reader.resolve(expr)
-        return Element(at.node, tuple(ids if ix == slot else ix for ix in at.index))
-    return replace(expr, args=tuple(at_choice(reader, a, slot, ids) for a in expr.args)) if isinstance(expr, Apply) else expr
+def at_choice(expr: Expr, slot: Index, ids: Index) -> Expr:
+    """What is looked up by an expert's variable, looked up by the choice; a loop's numbers stay as they are."""
+    return expr if slot.var is None else rename(expr, {slot.var: ids})
 
 
 def _scattered(reader: Reader, element: Element, slot: Index, filled: bool = False) -> list[Choice] | None:

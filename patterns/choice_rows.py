@@ -18,13 +18,13 @@ def rolled_choices(reader: Reader, choices: tuple[Choice, ...]) -> tuple[Choice,
         return choices
     var = Var("j", len(choices))
     ids = _rolled_index([c.ids for c in choices], var)
-    factors = [_rolled(reader, list(parts), var) for parts in zip(*(c.factors for c in choices), strict=True)]
+    factors = [roll(reader, list(parts), var) for parts in zip(*(c.factors for c in choices), strict=True)]
     if ids is None or var not in ids.vars() or any(f is None for f in factors):
         return choices
     return (replace(choices[0], vars=(var,), ids=ids, factors=tuple(f for f in factors if f is not None)),)
 
 
-def _rolled(reader: Reader, parts: list[Expr], var: Var) -> Expr | None:
+def roll(reader: Reader, parts: list[Expr], var: Var) -> Expr | None:
     elements = [reader.resolve(p) for p in parts if isinstance(p, Element)]
     if len(elements) == len(parts):
         return _rolled_element(elements, var)
@@ -32,7 +32,7 @@ def _rolled(reader: Reader, parts: list[Expr], var: Var) -> Expr | None:
     first = applied[0] if applied else None
     if first is None or len(applied) < len(parts) or any((p.op, p.detail) != (first.op, first.detail) for p in applied):
         return first if first is not None and all(p == first for p in parts) else None
-    args = [_rolled(reader, list(a), var) for a in zip(*(p.args for p in applied), strict=True)]
+    args = [roll(reader, list(a), var) for a in zip(*(p.args for p in applied), strict=True)]
     return None if any(a is None for a in args) else replace(first, args=tuple(a for a in args if a is not None))
 
 

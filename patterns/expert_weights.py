@@ -14,9 +14,10 @@ from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.match import GraphView, Refusal
 
-from .choice import Choice, at_choice
-from .choice_rows import rolled_choices
+from .choice import Choice
+from .choice_rows import roll, rolled_choices
 from .experts import Block, Expert, same_choices
+from .products import rename
 from .routed import Unreadable
 
 aten = torch.ops.aten
@@ -135,7 +136,7 @@ def _unrolled(block: Block, common: list[Expert], inner: Var, width: Var) -> tup
     if [_number(e) for e in ordered] != list(range(len(ordered))):
         raise Unreadable(Refusal("the loop over the experts does not take each of 0, 1, 2, ... once", block.node))
     if any(not same_choices(block.reader, ordered[0].choices, e.choices) for e in ordered[1:]):
-        ordered = [_looked_up(block, e) for e in ordered]
+        ordered = _looked_up(block, ordered)
     if any(not same_choices(block.reader, ordered[0].choices, e.choices) for e in ordered[1:]):
         why = Refusal("the experts of the loop are weighted by different routings", block.node)
         raise Unreadable(why, partial=True)  # in the midst of what is added for one expert
@@ -170,13 +171,25 @@ def _one_a_number(common: list[Expert]) -> list[Expert]:
     return [found[n] for n in sorted(found)]
 
 
-def _looked_up(block: Block, e: Expert) -> Expert:
-    """An expert whose weights were looked up by its number, as ``scores[:, 3]``: looked up by the choice."""
-    assert e.slot is not None
-    choices = tuple(
-        replace(c, factors=tuple(at_choice(block.reader, f, e.slot, c.ids) for f in c.factors)) for c in e.choices
-    )
-    return replace(e, choices=choices)
+def _looked_up(block: Block, ordered: list[Expert]) -> list[Expert]:
+    """Experts whose weights were looked up by their number, as ``scores[:, 3]``: looked up by the choice."""
+    first, number = ordered[0].choices, Var("e", len(ordered))
+    if any(len(e.choices) != len(first) for e in ordered):
+        return ordered
+    choices: list[tuple[Choice, ...]] = [() for _ in ordered]
+    for k, wanted in enumerate(first):
+        each = [e.choices[k] for e in ordered]
+        if any(len(c.vars) != len(wanted.vars) or len(c.factors) != len(wanted.factors) for c in each):
+            return ordered
+        named = [{v: Index.of(w) for v, w in zip(c.vars, wanted.vars, strict=True)} for c in each]
+        copies = [[rename(f, names) for f in c.factors] for c, names in zip(each, named, strict=True)]
+        rolled = [roll(block.reader, list(parts), number) for parts in zip(*copies, strict=True)]
+        if any(r is None for r in rolled):
+            return ordered
+        factors = tuple(rename(r, {number: wanted.ids}) for r in rolled if r is not None)
+        for n, (c, names) in enumerate(zip(each, named, strict=True)):
+            choices[n] += (replace(c, vars=wanted.vars, ids=c.ids.subs(names), factors=factors),)
+    return [replace(e, choices=found) for e, found in zip(ordered, choices, strict=True)]
 
 
 def _rolled(parts: list[Element], expert: Var, node: Node) -> Matrix:

@@ -125,15 +125,12 @@ def _collect(reader: Reader, sums: list[_Sum], term: Term, tokens: tuple[Var, ..
         assert slot is not None
         slot = next((s.slot for s in sums if s.slot is not None and _same_slot(reader, slot, s.slot)), slot)
         choices = (Choice(outer, slot, weights, main.node),)
-    choices = tuple(_at_choice(reader, c, slot) for c in choices)
+    choices = tuple(_at_choice(c, slot) for c in choices)
     _add(reader, sums, slot, choices, main, inner, hidden)
 
 
-def _at_choice(reader: Reader, choice: Choice, slot: Index) -> Choice:
-    """What is looked up by the expert's number is looked up by the choice; numbers of a loop stay as they are."""
-    if slot.var is None:
-        return choice
-    return replace(choice, factors=tuple(at_choice(reader, f, slot, choice.ids) for f in choice.factors))
+def _at_choice(choice: Choice, slot: Index) -> Choice:
+    return replace(choice, factors=tuple(at_choice(f, slot, choice.ids) for f in choice.factors))
 
 
 class _ChosenInside(Unreadable):
@@ -365,7 +362,7 @@ def _chosen_inside(
                 raise _ChosenInside(Refusal(reason, node))
             others = list(weights)
             others.remove(f)
-            pick = _at_choice(reader, replace(picks[0], any=False), candidate)
+            pick = _at_choice(replace(picks[0], any=False), candidate)
             return candidate, (replace(pick, factors=()),), (*pick.factors, *others)
     raise Unreadable
 
