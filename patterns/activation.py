@@ -1,15 +1,16 @@
 """What stands between the two matrices of an expert: gate and up, and the function that joins them.
 
-    silu(g) * u      gelu(g) * u      relu(g)^2 [* u]      silu(g), gelu(g) alone
-    g * sigmoid(alpha * g) * (u + 1)                       gpt-oss; SiLU where alpha is 1 and nothing is added
+    act(g) * u      act(g) alone                           act: silu, gelu (erf or tanh), relu, relu squared
+    g * sigmoid(alpha * g) * (u + 1)                       gpt-oss
     with g = min(g, limit), u = clamp(u, -limit, limit)    where the model clamps
 
-Read from the factors of a product, in any order and with any casts between.
+A function of one or two numbers has no end of spellings, so it is not matched but tabulated (`function_table.py`)
+and compared with these. Routing weights that stand in the product come back beside it.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,11 +20,13 @@ from sm12x_compile.index_algebra import Apply, Element, Expr, Number, Var
 from sm12x_compile.index_algebra.expr import args_of, argument, operand
 from sm12x_compile.match import Refusal
 
+from .function_table import Formula, NotTabulated, factor_between, read_formula, settled
 from .routed import FLOATS, Reader, Unreadable
 
 aten = torch.ops.aten
 
 _CLAMPS = {aten.clamp.default, aten.clamp_max.default, aten.clamp_min.default, aten.hardtanh.default}
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 @dataclass(frozen=True)
@@ -37,190 +40,61 @@ class Activation:
     limit: float | None = None
 
 
-@dataclass(frozen=True)
-class _Factor:
-    """One factor of the product: ``kind(expr)``."""
-
-    kind: str
-    expr: Expr
-    alpha: float = 1.0
-
-
 def read_activation(
-    reader: Reader, hidden: tuple[Expr, ...], inner: Var, node: Node
+    reader: Reader, hidden: tuple[Expr, ...], inner: Var, node: Node, is_projection: Callable[[Expr], bool]
 ) -> tuple[Activation, tuple[Expr, ...]]:
     """Read a product of factors that run over `inner`; what does not (a routing weight) comes back beside it.
 
     Raises:
-        Unreadable: it is none of the forms above; the refusal names the op.
+        Unreadable: it is none of the forms above; with a refusal if it is computed from a projection.
     """
-    factors: list[_Factor] = []
-    for expr in hidden:
-        factors += _factors(reader, expr, inner)
-    scalars = tuple(f.expr for f in factors if f.kind == "scalar")
-    factors = [f for f in factors if f.kind != "scalar"]
-    found = _joined(reader, factors)
-    if found is None:
-        kinds = ", ".join(sorted(f.kind for f in factors))
-        reason = f"between the experts' matrices stands a product of ({kinds}), which is no known activation"
-        raise Unreadable(Refusal(reason, node))
-    return _unclamped(reader, found, node), scalars
+
+    def refused(reason: str, leaves: Sequence[Expr]) -> Unreadable:
+        return Unreadable(Refusal(reason, node) if any(is_projection(leaf) for leaf in leaves) else None)
+
+    parts = [p for expr in hidden for p in _parts(reader, expr)]
+    varying = [p for p in parts if reader.depends(p, inner)]
+    scalars = [p for p in parts if not reader.depends(p, inner)]
+    try:
+        formula = read_formula(reader, varying, inner)
+    except NotTabulated as why:
+        raise refused(f"between the experts' matrices stands {why}", why.leaves) from None
+    for found in _candidates(formula):
+        factor = factor_between(formula, found.name, found.alpha, swapped=found.gate is not formula.leaves[0])
+        if factor is not None:
+            scalars += [Number(factor)] if factor != 1.0 else []
+            return _unclamped(reader, found, node), tuple(scalars)
+    reason = (
+        "between the experts' matrices stands a function of the first one's result that is none of silu, gelu, relu "
+        "and relu squared, times up or alone, or gpt-oss's SwiGLU"
+    )
+    raise refused(reason, formula.leaves)
 
 
-def _joined(reader: Reader, factors: list[_Factor]) -> Activation | None:
-    kinds = sorted(f.kind for f in factors)
-    of = {f.kind: f for f in factors}
-    if len(factors) == 1 and factors[0].kind in ("silu", "gelu", "gelu_tanh", "relu2"):
-        return Activation(factors[0].kind, factors[0].expr, None)
-    if kinds == ["relu", "relu"] and _same(reader, factors[0].expr, factors[1].expr):
-        return Activation("relu2", factors[0].expr, None)
-    if kinds in (["plain", "silu"], ["gelu", "plain"], ["gelu_tanh", "plain"], ["plain", "relu2"]):
-        (name,) = (k for k in kinds if k != "plain")
-        return Activation(name, of[name].expr, of["plain"].expr)
-    if kinds == ["plain", "relu", "relu"]:
-        a, b = (f.expr for f in factors if f.kind == "relu")
-        return Activation("relu2", a, of["plain"].expr) if _same(reader, a, b) else None
-    if "sigmoid" not in of:
-        return None
-    gated = of["sigmoid"]
-    others = [f for f in factors if f.kind == "plain"]
-    gates = [f for f in others if _same(reader, f.expr, gated.expr)]
-    if len(gates) != 1 or kinds.count("sigmoid") != 1:
-        return None
-    rest = [f for f in factors if f is not gates[0] and f is not gated]
-    if gated.alpha == 1.0 and len(rest) <= 1 and all(f.kind == "plain" for f in rest):
-        return Activation("silu", gated.expr, rest[0].expr if rest else None)
-    if len(rest) == 1 and rest[0].kind == "plus_one":
-        return Activation("swiglu_oai", gated.expr, rest[0].expr, gated.alpha)
-    return None
+def _candidates(formula: Formula) -> Iterator[Activation]:
+    """All that a function of one or two projections may be."""
+    if len(formula.leaves) == 1:
+        for name in _ACTIVATIONS:
+            yield Activation(name, formula.leaves[0], None)
+    if len(formula.leaves) == 2:
+        for gate, up in (formula.leaves, formula.leaves[::-1]):
+            for name in _ACTIVATIONS:
+                yield Activation(name, gate, up)
+            for alpha in formula.numbers:
+                yield Activation("swiglu_oai", gate, up, alpha)
 
 
-def _factors(reader: Reader, expr: Expr, inner: Var) -> list[_Factor]:
-    value = expr
-    while True:
-        made = reader.meaning(value) if isinstance(value, Element) else value
-        if isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS:
-            value = made.args[0]
-        elif (guarded := reader.behind_guard(made)) is not None:
-            value = guarded
-        else:
-            break
-    if isinstance(made, Apply) and made.op == "mul":
-        erf = _gelu_by_hand(reader, made)
-        if erf is not None:
-            return [erf]
-        return [f for a in made.args for f in _factors(reader, a, inner)]
-    if isinstance(made, Apply) and made.op == "add":
-        for a, b in (made.args, made.args[::-1]):
-            if _number(reader, b) == 1:
-                return [_Factor("plus_one", a)]
-    if isinstance(made, Apply) and made.op == "pow" and _number(reader, made.args[1]) == 2:
-        inside = _factors(reader, made.args[0], inner)
-        return inside + inside
-    if isinstance(value, Element):
-        element = reader.resolve(value)
-        named = _named(reader, element, inner)
-        if named is not None:
-            return named
-    if not reader.depends(value, inner):
-        return [_Factor("scalar", value)]
-    return [_Factor("plain", value)]
-
-
-def _named(reader: Reader, element: Element, inner: Var) -> list[_Factor] | None:
-    node = element.node
-    if node.op != "call_function" or not node.args:
-        return None
-    before = Element(operand(node), element.index) if isinstance(node.args[0], Node) else None
-    if before is None:
-        return None
-    target = node.target
-    if target is aten.silu.default:
-        return [_Factor("silu", before)]
-    if target is aten.gelu.default:
-        tanh = argument(node, 1, "approximate", "none") == "tanh"
-        return [_Factor("gelu_tanh" if tanh else "gelu", before)]
-    if target is aten.relu.default:
-        return [_Factor("relu", before)]
-    if target is aten.square.default:
-        inside = _factors(reader, before, inner)
-        return inside + inside
-    if target is aten.sigmoid.default:
-        return [_sigmoid(reader, before)]
-    return None
-
-
-def _sigmoid(reader: Reader, inside: Element) -> _Factor:
-    """``sigmoid(alpha * g)``"""
-    made = reader.meaning(inside)
-    if isinstance(made, Apply) and made.op == "mul":
-        for a, b in (made.args, made.args[::-1]):
-            alpha = _number(reader, b)
-            if alpha is not None:
-                return _Factor("sigmoid", a, float(alpha))
-    return _Factor("sigmoid", inside)
-
-
-def _gelu_by_hand(reader: Reader, product: Apply) -> _Factor | None:
-    """``0.5 * g * (1 + erf(g / sqrt(2)))``"""
-    parts = _flat(reader, product)
-    half = [p for p in parts if _number(reader, p) == 0.5]
-    rest = [p for p in parts if _number(reader, p) is None]
-    if len(half) != 1 or len(rest) != 2:
-        return None
-    for g, bracket in (rest, rest[::-1]):
-        total = reader.meaning(bracket) if isinstance(bracket, Element) else bracket
-        if not (isinstance(total, Apply) and total.op == "add"):
-            continue
-        for one, erf in (total.args, total.args[::-1]):
-            if _number(reader, one) != 1 or not isinstance(erf, Element):
-                continue
-            element = reader.resolve(erf)
-            if element.node.target is aten.erf.default:
-                inside = reader.meaning(Element(operand(element.node), element.index))
-                if _is_scaled(reader, inside, g, math.sqrt(0.5)):
-                    return _Factor("gelu", g)
-    return None
-
-
-def _is_scaled(reader: Reader, value: Expr | None, of: Expr, factor: float) -> bool:
-    if not isinstance(value, Apply) or value.op not in ("mul", "div"):
-        return False
-    number = _number(reader, value.args[1])
-    if number is None or not number:
-        return False
-    scale = number if value.op == "mul" else 1 / number
-    return math.isclose(scale, factor, rel_tol=1e-6) and _same(reader, value.args[0], of)
-
-
-def _flat(reader: Reader, expr: Expr) -> list[Expr]:
+def _parts(reader: Reader, expr: Expr) -> list[Expr]:
+    """The factors of a product, past casts and rows that belong to no expert."""
     made = reader.meaning(expr) if isinstance(expr, Element) else expr
-    if isinstance(made, Apply) and made.op == "mul":
-        return [x for a in made.args for x in _flat(reader, a)]
+    if isinstance(made, Apply):
+        if made.op == "mul":
+            return [p for a in made.args for p in _parts(reader, a)]
+        if made.op == "cast" and made.detail in FLOATS:
+            return _parts(reader, made.args[0])
+        if (guarded := reader.behind_guard(made)) is not None:
+            return _parts(reader, guarded)
     return [expr]
-
-
-def _number(reader: Reader, expr: Expr) -> float | None:
-    made = reader.meaning(expr) if isinstance(expr, Element) else expr
-    return made.value if isinstance(made, Number) else None
-
-
-def _same(reader: Reader, a: Expr, b: Expr) -> bool:
-    return a == b or _settled(reader, a) == _settled(reader, b)
-
-
-def _settled(reader: Reader, expr: Expr) -> Expr:
-    """An expression without moves and casts on top."""
-    while True:
-        if isinstance(expr, Element):
-            made = reader.meaning(expr)
-            if not (isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS):
-                return reader.resolve(expr)
-            expr = made.args[0]
-        elif isinstance(expr, Apply) and expr.op == "cast" and expr.detail in FLOATS:
-            expr = expr.args[0]
-        else:
-            return expr
 
 
 # ---------------------------------------------------------------- clamps
@@ -249,10 +123,10 @@ def _clamp(reader: Reader, expr: Expr) -> tuple[Expr, float | None, float | None
         element = reader.resolve(expr)
         node = element.node
         if node.target not in _CLAMPS:
-            settled = _settled(reader, element)
-            if settled == element or not isinstance(settled, Element) or settled.node.target not in _CLAMPS:
+            inside = settled(reader, element)
+            if inside == element or not isinstance(inside, Element) or inside.node.target not in _CLAMPS:
                 break
-            expr = settled
+            expr = inside
             continue
         at_least, at_most = _limits(node)
         for limit in (at_least, at_most):

@@ -1,8 +1,9 @@
 """Which tokens an expert gets: ``sum over j of [ids[t, j] == e] * p[t, j]``, in any of its spellings.
 
 A comparison, `one_hot`, a `scatter` of the weights into ``[T, E]``, a sum, `any` or a masked fill over these: all
-are the same indicator times a weight. Where a spelling is the sum only if no expert is chosen twice, that is proved
-from the op that chose (top-k gives distinct indices) or the match is refused.
+are the same indicator times a weight. So is a function of scores of which all but the chosen ones are filled with
+what it maps to zero: sigmoid or softmax, and -inf. Where a spelling is the sum only if no expert is chosen twice,
+that is proved from the op that chose (top-k gives distinct indices) or the match is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from sm12x_compile.index_algebra import Apply, Datum, Element, Expr, Index, Numb
 from sm12x_compile.index_algebra.expr import args_of, argument, operand, shape_of
 from sm12x_compile.match import Refusal
 
+from .products import rename
 from .routed import FLOATS, Reader, Unreadable
 
 aten = torch.ops.aten
@@ -42,9 +44,10 @@ class Choice:
 def find_choices(reader: Reader, expr: Expr, slot: Index) -> list[Choice] | None:
     """The indicators of `slot` in an expression that is linear in them; None if there is none."""
     if isinstance(expr, Element):
-        scattered = _scattered(reader, reader.resolve(expr), slot)
-        if scattered is not None:
-            return scattered
+        element = reader.resolve(expr)
+        found = _scattered(reader, element, slot) or _of_filled_scores(reader, element, slot)
+        if found is not None:
+            return found
         made = reader.meaning(expr)
         return None if made is None or isinstance(made, Element) else find_choices(reader, made, slot)
     if isinstance(expr, Reduce):
@@ -62,16 +65,24 @@ def _of_apply(reader: Reader, expr: Apply, slot: Index) -> list[Choice] | None:
     if op == "eq":
         return _comparison(reader, expr, slot)
     if op == "cast":
-        counts = expr.detail in FLOATS or not expr.detail.is_floating_point
-        return find_choices(reader, args[0], slot) if counts else None
+        found = find_choices(reader, args[0], slot)
+        if found is not None and expr.detail == torch.bool:
+            return _whether(found)
+        return found if expr.detail in FLOATS or not any(c.factors for c in found or []) else None
     if op == "mul":
         for a, b in (args, args[::-1]):
             found = find_choices(reader, a, slot)
             if found is not None:
-                if find_choices(reader, b, slot) is not None or any(c.any for c in found):
+                found = _summed(found)
+                if found is None or find_choices(reader, b, slot) is not None:
                     return None
                 return [replace(c, factors=(*c.factors, b)) for c in found]
         return None
+    if op == "div":
+        found = _summed(find_choices(reader, args[0], slot))
+        if found is None:
+            return None
+        return [replace(c, factors=(Apply("div", (_product(c.factors, expr.node), args[1]), expr.node),)) for c in found]
     if op == "add":
         both = [find_choices(reader, a, slot) for a in args if not _is_zero(reader, a)]
         return None if any(f is None for f in both) else [c for f in both for c in f or []]
@@ -80,12 +91,31 @@ def _of_apply(reader: Reader, expr: Apply, slot: Index) -> list[Choice] | None:
     if op in ("gt", "ne") and isinstance(args[1], Number) and args[1].value == 0:
         # How often an expert was chosen, compared with zero.
         inner = find_choices(reader, args[0], slot)
-        if inner is None or any(c.factors for c in inner):
-            return None
-        if len(inner) == 1 and not inner[0].vars:
-            return inner  # an indicator is one or zero as it is
-        return [replace(c, any=True) for c in inner]
+        return None if inner is None else _whether(inner)
     return None
+
+
+def _whether(picks: list[Choice]) -> list[Choice] | None:
+    """Whether an expert was chosen at all."""
+    if any(c.factors for c in picks):
+        return None
+    if len(picks) == 1 and not picks[0].vars:
+        return picks  # an indicator is one or zero as it is
+    return [replace(c, any=True) for c in picks]
+
+
+def _summed(picks: list[Choice] | None) -> list[Choice] | None:
+    """Choices that may be multiplied: where no expert is chosen twice, ``any`` is the sum."""
+    if picks is None or not any(c.any for c in picks):
+        return picks
+    return [replace(picks[0], any=False)] if len(picks) == 1 and are_distinct(picks[0]) else None
+
+
+def _product(factors: tuple[Expr, ...], node: Node) -> Expr:
+    product: Expr = factors[0] if factors else Number(1)
+    for factor in factors[1:]:
+        product = Apply("mul", (product, factor), node)
+    return product
 
 
 def _masked(reader: Reader, args: tuple[Expr, ...], slot: Index) -> list[Choice] | None:
@@ -96,7 +126,8 @@ def _masked(reader: Reader, args: tuple[Expr, ...], slot: Index) -> list[Choice]
         kept, picks = b, unchosen(reader, condition, slot)
     else:
         return None
-    if picks is None or any(c.any for c in picks):
+    picks = _summed(picks)
+    if picks is None:
         return None
     return picks if _is_one(kept) else [replace(c, factors=(*c.factors, kept)) for c in picks]
 
@@ -120,15 +151,72 @@ def _comparison(reader: Reader, expr: Apply, slot: Index) -> list[Choice] | None
     return [Choice((), a, (), expr.node)] if b == slot and a.has_datum() else None
 
 
-def _scattered(reader: Reader, element: Element, slot: Index) -> list[Choice] | None:
-    """``zeros.scatter(dim, ids, p)``."""
+def _of_filled_scores(reader: Reader, element: Element, slot: Index) -> list[Choice] | None:
+    """``sigmoid`` or ``softmax`` of scores that are -inf for all experts but the chosen ones."""
+    node, index = element.node, element.index
+    if node.target not in (aten.sigmoid.default, aten.softmax.int):
+        return None
+    dims = [k for k, ix in enumerate(index) if ix == slot]
+    if node.target is aten.softmax.int:
+        dims = [d for d in dims if d == argument(node, 1, "dim") % len(index)]
+    for dim in dims:
+        every = Var("e", shape_of(node)[dim])
+        scores = Element(operand(node), (*index[:dim], Index.of(every), *index[dim + 1 :]))
+        found = _filled(reader, scores, Index.of(every))
+        if found is None or not are_distinct(found) or len(found.factors) != 1:
+            continue
+        name = "sigmoid" if node.target is aten.sigmoid.default else "softmax"
+        # A softmax runs over the choices of the scatter, all of them.
+        if name == "softmax" and (len(found.vars) != 1 or argument(node, 2, "dtype") is not None):
+            continue
+        factor = Apply(name, found.factors, node)
+        return [replace(found, factors=(factor,))]
+    return None
+
+
+def _filled(reader: Reader, scores: Expr, slot: Index) -> Choice | None:
+    """Scores of the chosen experts where all others are -inf: the choice, and the scores as its only factor."""
+    made = reader.meaning(scores) if isinstance(scores, Element) else scores
+    if isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS:
+        found = _filled(reader, made.args[0], slot)
+        if found is None:
+            return None
+        return replace(found, factors=(Apply("cast", found.factors, made.node, made.detail),))
+    if isinstance(scores, Element):
+        scattered = _scattered(reader, reader.resolve(scores), slot, filled=True)
+        if scattered is not None:
+            return scattered[0]
+    if not (isinstance(made, Apply) and made.op == "where"):
+        return None
+    condition, a, b = made.args
+    if _is_lowest(reader, b):
+        kept, picks = a, find_choices(reader, condition, slot)
+    elif _is_lowest(reader, a):
+        kept, picks = b, unchosen(reader, condition, slot)
+    else:
+        return None
+    picks = _summed(picks)
+    if picks is None or len(picks) != 1 or picks[0].factors:
+        return None
+    return replace(picks[0], factors=(at_choice(kept, slot, picks[0].ids),))
+
+
+def at_choice(expr: Expr, slot: Index, ids: Index) -> Expr:
+    """What is looked up by an expert's variable, looked up by the choice; a loop's numbers stay as they are."""
+    return expr if slot.var is None else rename(expr, {slot.var: ids})
+
+
+def _scattered(reader: Reader, element: Element, slot: Index, filled: bool = False) -> list[Choice] | None:
+    """``zeros.scatter(dim, ids, p)``; or, if `filled`, ``full(-inf).scatter(dim, ids, scores)``."""
     node, index = element.node, element.index
     if node.target not in _SCATTERS:
         return None
     base, dim, ids = args_of(node)[:3]
     source = args_of(node)[3]
     dim %= len(index)
-    if index[dim] != slot or not _is_zero(reader, Element(base, index)):
+    if index[dim] != slot or not (_is_lowest if filled else _is_zero)(reader, Element(base, index)):
+        return None
+    if filled and node.target is not aten.scatter.src:
         return None
     if isinstance(source, Node) and any(
         not same_size(x, y) for x, y in zip(shape_of(source), shape_of(ids), strict=True)
@@ -216,3 +304,12 @@ def _is_one(expr: Expr) -> bool:
 
 def _is_zero(reader: Reader, expr: Expr) -> bool:
     return reader.is_zero(expr)
+
+
+def _is_lowest(reader: Reader, expr: Expr) -> bool:
+    """Whether a constant is so low that softmax and sigmoid give zero for it."""
+    made = reader.meaning(expr) if isinstance(expr, Element) else expr
+    while isinstance(made, Apply) and made.op == "cast" and made.detail in FLOATS:
+        inner = made.args[0]
+        made = reader.meaning(inner) if isinstance(inner, Element) else inner
+    return isinstance(made, Number) and made.value <= -1e9

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from sm12x_compile.graph_view import is_view
+from sm12x_compile.index_algebra import Apply, Element, Expr, Reduce
 from sm12x_compile.index_algebra.expr import args_of, operand
 from sm12x_compile.match import Refusal
 
@@ -111,12 +112,36 @@ def search(anchor: Node, read: Callable[[Node], Found]) -> Found | Refusal | Non
     patience, tries = _PATIENCE, _TRIES
     for run in _runs(anchor):
         found, why = _last_of(run, read)
+        if best is not None and found is not None and _weighs_by_result(found, best.block.node):
+            break  # as a norm does: to take it along, the experts would be computed twice
         best, refusal = found or best, why or refusal  # of refusals the last, which saw the most
         patience = _PATIENCE if found else patience - (best is not None)
         tries -= 1
         if patience == 0 or tries == 0:
             break
     return best or refusal
+
+
+def _weighs_by_result(found: Found, result: Node) -> bool:
+    """Whether weights of a sum over experts are computed from the result of these experts."""
+    waiting = [n for choice in found.choices for f in choice.factors for n in _nodes_of(f)]
+    seen: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is result:
+            return True
+        if node not in seen and result < node:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
+
+
+def _nodes_of(expr: Expr) -> list[Node]:
+    if isinstance(expr, Element):
+        return [expr.node]
+    if isinstance(expr, Apply):
+        return [n for a in expr.args for n in _nodes_of(a)]
+    return _nodes_of(expr.body) if isinstance(expr, Reduce) else []
 
 
 def _runs(anchor: Node) -> Iterator[list[Node]]:
@@ -147,10 +172,15 @@ def _path(anchor: Node) -> list[Node]:
         if not readers:
             break
         node = max(readers)
-        if node.target in _FOREIGN:
+        if node.target in _FOREIGN and (node.target is not aten.softmax.int or path and _has_product(path)):
             break
         path.append(node)
     return [] if anchor.meta.get(_DEAD) else path
+
+
+def _has_product(path: list[Node]) -> bool:
+    """Whether experts were met; before them, scores of which some are -inf go through a softmax."""
+    return any(node.target in _PRODUCTS for node in path)
 
 
 def _may_end(node: Node) -> bool:

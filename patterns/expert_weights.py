@@ -15,7 +15,9 @@ from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.match import GraphView, Refusal
 
 from .choice import Choice
+from .choice_rows import roll, rolled_choices
 from .experts import Block, Expert, same_choices
+from .products import rename
 from .routed import Unreadable
 
 aten = torch.ops.aten
@@ -78,7 +80,7 @@ def gather_experts(block: Block) -> tuple[Weights, tuple[Choice, ...]]:
     general = [_over(e, expert) for e in common]
     if any(getattr(e, n) != getattr(general[0], n) for e in general[1:] for n in _NAMES):
         raise Unreadable(Refusal("the sum runs over experts of several blocks", block.node))
-    choices = tuple(c for e in common for c in e.choices)
+    choices = rolled_choices(block.reader, tuple(c for e in common for c in e.choices))
     found = general[0]
     matrices = {n: _matrix(getattr(found, n)) for n in _NAMES}
     return Weights(expert, inner, width, **matrices), choices  # type: ignore[arg-type]
@@ -130,12 +132,16 @@ def _over(e: Expert, expert: Var) -> Expert:
 
 def _unrolled(block: Block, common: list[Expert], inner: Var, width: Var) -> tuple[Weights, tuple[Choice, ...]]:
     """A loop over experts, rolled up again: the copies are one expression at e = 0, 1, 2, ..."""
-    numbers = [e.slot.const for e in common if e.slot is not None]
-    ordered = [e for _, e in sorted(zip(numbers, common, strict=True), key=lambda pair: pair[0])]  # type: ignore[arg-type, return-value]
-    if sorted(numbers) != list(range(len(common))):  # type: ignore[type-var]
+    ordered = _one_a_number(common)
+    if [_number(e) for e in ordered] != list(range(len(ordered))):
         raise Unreadable(Refusal("the loop over the experts does not take each of 0, 1, 2, ... once", block.node))
     if any(not same_choices(block.reader, ordered[0].choices, e.choices) for e in ordered[1:]):
-        raise Unreadable(Refusal("the experts of the loop are weighted by different routings", block.node))
+        ordered = _looked_up(block, ordered)
+    if any(not same_choices(block.reader, ordered[0].choices, e.choices) for e in ordered[1:]):
+        why = Refusal("the experts of the loop are weighted by different routings", block.node)
+        raise Unreadable(why, partial=True)  # in the midst of what is added for one expert
+    if len(ordered) == 1:
+        raise Unreadable(Refusal("a loop over one expert is no mixture", block.node), partial=True)
     expert = Var("e", len(ordered))
 
     def rolled(name: str) -> Matrix | None:
@@ -143,7 +149,47 @@ def _unrolled(block: Block, common: list[Expert], inner: Var, width: Var) -> tup
         return None if parts[0] is None else _rolled(parts, expert, block.node)
 
     matrices = {n: rolled(n) for n in _NAMES}
-    return Weights(expert, inner, width, **matrices), ordered[0].choices  # type: ignore[arg-type]
+    choices = rolled_choices(block.reader, ordered[0].choices)
+    return Weights(expert, inner, width, **matrices), choices  # type: ignore[arg-type]
+
+
+def _number(e: Expert) -> int:
+    assert e.slot is not None and isinstance(e.slot.const, int)
+    return e.slot.const
+
+
+def _one_a_number(common: list[Expert]) -> list[Expert]:
+    """The experts in the order of their numbers; one that was added for each of its choices is one expert."""
+    found: dict[int, Expert] = {}
+    for e in common:
+        known = found.setdefault(_number(e), e)
+        if known is e:
+            continue
+        if any(getattr(known, n) != getattr(e, n) for n in _NAMES) or "input" in (known.weight_on, e.weight_on):
+            return common
+        found[_number(e)] = replace(known, choices=(*known.choices, *e.choices))
+    return [found[n] for n in sorted(found)]
+
+
+def _looked_up(block: Block, ordered: list[Expert]) -> list[Expert]:
+    """Experts whose weights were looked up by their number, as ``scores[:, 3]``: looked up by the choice."""
+    first, number = ordered[0].choices, Var("e", len(ordered))
+    if any(len(e.choices) != len(first) for e in ordered):
+        return ordered
+    choices: list[tuple[Choice, ...]] = [() for _ in ordered]
+    for k, wanted in enumerate(first):
+        each = [e.choices[k] for e in ordered]
+        if any(len(c.vars) != len(wanted.vars) or len(c.factors) != len(wanted.factors) for c in each):
+            return ordered
+        named = [{v: Index.of(w) for v, w in zip(c.vars, wanted.vars, strict=True)} for c in each]
+        copies = [[rename(f, names) for f in c.factors] for c, names in zip(each, named, strict=True)]
+        rolled = [roll(block.reader, list(parts), number) for parts in zip(*copies, strict=True)]
+        if any(r is None for r in rolled):
+            return ordered
+        factors = tuple(rename(r, {number: wanted.ids}) for r in rolled if r is not None)
+        for n, (c, names) in enumerate(zip(each, named, strict=True)):
+            choices[n] += (replace(c, vars=wanted.vars, ids=c.ids.subs(names), factors=factors),)
+    return [replace(e, choices=found) for e, found in zip(ordered, choices, strict=True)]
 
 
 def _rolled(parts: list[Element], expert: Var, node: Node) -> Matrix:

@@ -20,7 +20,7 @@ from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.match import Refusal
 
 from .activation import Activation, read_activation
-from .choice import Choice, are_distinct, find_choices
+from .choice import Choice, are_distinct, at_choice, find_choices
 from .products import Term, rename, terms
 from .routed import FLOATS, Reader, Unreadable
 
@@ -56,6 +56,7 @@ class _Sum:
     choices: tuple[Choice, ...]
     matrix: tuple[Element, Var, tuple[Expr, ...]] | None = None
     bias: Element | None = None
+    inside: bool = False  # the choice stands before the experts: their input is zero where they are not chosen
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def read_block(node: Node, anchor: Node) -> Block:
     # Matrices before biases, which may be chosen by clamped ids.
     for term in sorted(terms(reader, Element(node, index), feature), key=lambda t: -len(t.vars)):
         _collect(reader, sums, term, tokens, feature)
-    if not sums:
-        raise Unreadable
+    if all(s.matrix is None for s in sums):
+        raise Unreadable  # a look-up, but no expert's
     experts = tuple(_expert(reader, s, node, set(tokens)) for s in sums)
     return Block(node, reader, tokens, feature, experts)
 
@@ -110,6 +111,9 @@ def _collect(reader: Reader, sums: list[_Sum], term: Term, tokens: tuple[Var, ..
         slot = picked[0]
     else:
         inner = own
+        if slot is None:
+            _collect_inside(reader, sums, term, main, own, tokens)
+            return
     if len(inner) > 1:
         raise Unreadable
     hidden = tuple(f for f in rest if inner and reader.depends(f, inner[0]))
@@ -117,12 +121,43 @@ def _collect(reader: Reader, sums: list[_Sum], term: Term, tokens: tuple[Var, ..
     outer = tuple(v for v in term.vars if v not in inner and (slot is None or Index.of(v) != slot))
     if picked is not None:
         choices = tuple(replace(c, vars=(*outer, *c.vars), factors=(*c.factors, *weights)) for c in picked[1])
-    elif slot is not None and slot.has_datum():
+    else:
+        assert slot is not None
         slot = next((s.slot for s in sums if s.slot is not None and _same_slot(reader, slot, s.slot)), slot)
         choices = (Choice(outer, slot, weights, main.node),)
-    else:
-        raise Unreadable
+    choices = tuple(_at_choice(c, slot) for c in choices)
     _add(reader, sums, slot, choices, main, inner, hidden)
+
+
+def _at_choice(choice: Choice, slot: Index) -> Choice:
+    return replace(choice, factors=tuple(at_choice(f, slot, choice.ids) for f in choice.factors))
+
+
+class _ChosenInside(Unreadable):
+    """Something did choose the experts before them, but not as the op wants it."""
+
+
+def _collect_inside(
+    reader: Reader, sums: list[_Sum], term: Term, main: Element, own: list[Var], tokens: tuple[Var, ...]
+) -> None:
+    """An expert whose result nothing selects: its input may be zero for the tokens that did not choose it."""
+    for inner in own:
+        others = [v for v in own if v is not inner]
+        hidden = tuple(f for f in term.factors if reader.depends(f, inner))
+        if len(others) > 1 or not hidden:
+            continue
+        known = _Sum(Index.of(others[0]) if others else None, (), (main, inner, hidden))
+        try:
+            expert = _expert(reader, known, main.node, set(tokens))
+        except _ChosenInside:
+            raise
+        except Unreadable:
+            continue
+        if len(hidden) != len(term.factors) or len(own) != len(term.vars):
+            raise Unreadable(Refusal("routing weights stand before the experts and behind them", main.node))
+        sums.append(replace(known, slot=expert.slot, choices=expert.choices, inside=True))
+        return
+    raise Unreadable
 
 
 def _add(
@@ -183,6 +218,8 @@ def _picked(
         return None, factors
     for f in factors:
         for candidate in [Index.of(v) for v in own] + _numbers(reader, f):
+            if any(reader.depends(f, v) for v in own if Index.of(v) != candidate):
+                continue  # it is of the experts' hidden values, which are not linear in what chose them
             picks = find_choices(reader, f, candidate)
             if picks is None:
                 continue
@@ -259,7 +296,15 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
     if sum_.matrix is None:
         raise Unreadable(Refusal("the bias of the experts' result is weighted otherwise than the result", node))
     w2, inner, hidden = sum_.matrix
-    activation, between = read_activation(reader, hidden, inner, w2.node)
+
+    def is_projection(leaf: Expr) -> bool:
+        try:
+            _projection(reader, leaf, inner, sum_, node, tokens)
+        except Unreadable:
+            return False
+        return True
+
+    activation, between = read_activation(reader, hidden, inner, w2.node, is_projection)
     choices = tuple(replace(c, factors=(*c.factors, *between)) for c in sum_.choices)
     if between and sum_.bias is not None:
         raise Unreadable(Refusal("the routing weight stands before the second bias and does not scale it", node))
@@ -271,14 +316,55 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
         if not same_input or not same_size(up.width.extent, gate.width.extent):
             raise Unreadable(Refusal("gate and up are projections of different inputs", node))
         up = replace(up, matrix=up.matrix.subs(named))
-    if gate.weights and (between or any(c.factors for c in choices)):
+    slot, weights = sum_.slot, gate.weights
+    if not choices or sum_.inside:
+        slot, choices, weights = _chosen_inside(reader, slot, weights, node)
+        biased = sum_.bias is not None or gate.bias is not None or (up is not None and up.bias is not None)
+        if biased or between or (activation.limit is not None and activation.limit < 0):
+            reason = "experts whose input is zero for tokens that did not choose them have a bias, which those get, too"
+            raise _ChosenInside(Refusal(reason, node))
+    else:
+        weights = tuple(w for w in weights if not _says_chosen(reader, w, slot, choices))
+    if weights and (between or any(c.factors for c in choices)):
         raise Unreadable(Refusal("routing weights stand before the experts and behind them", node))
-    if gate.weights:
-        choices = tuple(replace(c, factors=gate.weights) for c in choices)
+    if weights:
+        choices = tuple(replace(c, factors=weights) for c in choices)
     return Expert(
-        sum_.slot, choices, w2, inner, gate.x, gate.width, activation, gate.matrix, up.matrix if up else None,
-        "input" if gate.weights else "output", sum_.bias, gate.bias, up.bias if up else None, gate.given, gate.casts,
+        slot, choices, w2, inner, gate.x, gate.width, activation, gate.matrix, up.matrix if up else None,
+        "input" if weights else "output", sum_.bias, gate.bias, up.bias if up else None, gate.given, gate.casts,
     )  # fmt: skip
+
+
+def _says_chosen(reader: Reader, weight: Expr, slot: Index | None, choices: tuple[Choice, ...]) -> bool:
+    """Whether a factor of the experts' input is one for the tokens that chose the expert: the others are weighed
+    by zero."""
+    found = None if slot is None or slot.has_datum() else find_choices(reader, weight, slot)
+    if found is None or any(c.factors or not (c.any or are_distinct(c)) for c in found):
+        return False
+    return len(found) == 1 and _covered(list(choices), found)
+
+
+def _chosen_inside(
+    reader: Reader, slot: Index | None, weights: tuple[Expr, ...], node: Node
+) -> tuple[Index, tuple[Choice, ...], tuple[Expr, ...]]:
+    """Who chose an expert, read from the factors of its input: ``sum over j of [ids[t, j] == e] * p[t, j]``.
+
+    An activation of zero is zero, so an expert whose input is zero adds nothing; but it is not linear, so each
+    expert must have been chosen once at most.
+    """
+    for f in weights:
+        for candidate in [slot] if slot is not None else _numbers(reader, f):
+            picks = find_choices(reader, f, candidate)
+            if picks is None:
+                continue
+            if len(picks) != 1 or not are_distinct(picks[0]):
+                reason = "an expert that is chosen twice gets one input weighed by both; choose with topk"
+                raise _ChosenInside(Refusal(reason, node))
+            others = list(weights)
+            others.remove(f)
+            pick = _at_choice(replace(picks[0], any=False), candidate)
+            return candidate, (replace(pick, factors=()),), (*pick.factors, *others)
+    raise Unreadable
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sm12x_compile.index_algebra.expr import argument
 from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, refine
 
-from .choice import Choice, are_in_range, chooser
+from .choice import Choice, are_in_range
 from .expert_weights import Joined, Weights, is_transposed, join_gate_and_up, lay_out
 from .experts import Block, Expert
 from .packed_experts import packed_experts
@@ -218,6 +218,18 @@ class Emitter:
             if not isinstance(a, Node):
                 a, b = b, a
             return self.graph.call(aten.mul.Tensor, a, b) if isinstance(a, Node) else a * b  # type: ignore[operator]
+        if isinstance(made, Apply) and made.op == "div":
+            a, b = (self._value(x, choice) for x in made.args)
+            if isinstance(a, Node) or isinstance(b, Node):
+                a = a if isinstance(a, Node) else self.graph.call(aten.full_like.default, b, a)
+                return self.graph.call(aten.div.Tensor, a, b)
+            return a / b
+        if isinstance(made, Apply) and made.op in ("sigmoid", "softmax") and isinstance(expr, Apply):
+            scores = self._value(made.args[0], choice)
+            if made.op == "sigmoid":
+                return self.graph.call(aten.sigmoid.default, scores)
+            if len(choice.vars) == 1:  # no choice of another sum beside it
+                return self.graph.call(aten.softmax.int, scores, 1)
         if isinstance(made, Apply) and made.op == "not":
             return self.graph.call(aten.logical_not.default, self._value(made.args[0], choice))
         node = expr.node if isinstance(expr, (Element, Apply)) else self.block.node
@@ -236,7 +248,7 @@ class Emitter:
             return None
         table = self._placed(whole, [self.block.tokens, (every,)])
         ids = self._ids(choice)
-        if chooser(choice.ids) is None:
+        if not are_in_range(choice, every.extent):
             return None  # out of range there is nothing to gather
         if ids.meta["val"].dtype != torch.int64:
             ids = self.graph.call(aten._to_copy.default, ids, dtype=torch.int64)

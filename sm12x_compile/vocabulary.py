@@ -36,11 +36,25 @@ def unify(normal: GraphModule) -> None:
             node.target = target
         elif node.target is aten.type_as.default:
             _cast(node)
+        elif node.target is aten.copy.default:
+            _written_whole(node)
         elif node.target is aten.tile.default:
             rank = node.args[0].meta["val"].dim()
             if len(node.args[1]) <= rank:
                 node.target = aten.repeat.default
                 node.args = (node.args[0], [1] * (rank - len(node.args[1])) + list(node.args[1]))
+
+
+def _written_whole(node: Node) -> None:
+    """A tensor written over whole with one like it: nobody reads what it held before."""
+    target, source = node.args[:2]
+    if not isinstance(target, Node) or not isinstance(source, Node):
+        return
+    old, new = target.meta["val"], source.meta["val"]
+    same = (old.dtype, old.device, old.shape, old.stride()) == (new.dtype, new.device, new.shape, new.stride())
+    if same and old.layout == new.layout == torch.strided:
+        node.replace_all_uses_with(source)
+        node.graph.erase_node(node)
 
 
 def _cast(node: Node) -> None:

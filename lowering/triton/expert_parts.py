@@ -11,6 +11,7 @@ GELU: tl.constexpr = tl.constexpr(2)
 GELU_TANH: tl.constexpr = tl.constexpr(3)
 SWIGLU_OAI: tl.constexpr = tl.constexpr(4)
 RELU2: tl.constexpr = tl.constexpr(5)
+RELU: tl.constexpr = tl.constexpr(6)
 
 
 @triton.jit
@@ -62,8 +63,9 @@ def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr, GATED: tl.constex
         # 0.5 * (1 + tanh(u)) is sigmoid(2 u)
         y = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     else:
-        positive = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        y = positive * positive
+        y = tl.maximum(gate, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        if ACTIVATION == RELU2:
+            y = y * y
     if GATED:
         y = y * up
     return y

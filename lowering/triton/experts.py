@@ -23,7 +23,7 @@ from .expert_pairs import run_pairs
 from .expert_tiles import ExpertTiles, PairPlan, Plan, expert_plan, reads_singly
 
 FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
-ACTIVATION_CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4, "relu2": 5}
+ACTIVATION_CODES = {"silu": 1, "gelu": 2, "gelu_tanh": 3, "swiglu_oai": 4, "relu2": 5, "relu": 6}
 SINGLE, PAIRS, TABLE = 0, 1, 2
 IDS = (torch.int16, torch.int32, torch.int64)
 ORDER_BLOCK, COMBINE_BLOCK = 4096, 512

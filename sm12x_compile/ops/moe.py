@@ -28,7 +28,7 @@ from .mxfp4 import FP4_FORMATS, dequantize_fp4
 
 FORMATS = ("bf16", "fp8", *FP4_FORMATS)
 LAYOUTS = ("enk", "ekn")
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai", "relu2", "relu")
 WEIGHT_ON = ("output", "input")
 SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 GROUP_SCORES = ("top2_sum", "max")
@@ -95,8 +95,8 @@ def activate(
 def _nonlinearity(h: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return F.silu(h)
-    if activation == "relu2":
-        return F.relu(h).square()
+    if activation in ("relu", "relu2"):
+        return F.relu(h) if activation == "relu" else F.relu(h).square()
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
@@ -206,8 +206,8 @@ def moe(
             ``nvfp4``.
         layout: ``enk``: weights as above; ``ekn``: each transposed, ``[E, K, N]`` (plain weights only).
         interleaved: gate and up alternate in the rows of w13.
-        activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu2`` (of the gate, times up; or of the only
-            projection if not ``gated``), or ``swiglu_oai``.
+        activation: ``silu``, ``gelu`` (erf), ``gelu_tanh``, ``relu``, ``relu2`` (of the gate, times up; or of the
+            only projection if not ``gated``), or ``swiglu_oai``.
         gated: whether w13 holds a gate.
         alpha: of ``swiglu_oai``.
         limit: clamps the gate to at most this, and up to plus or minus this, before the activation.

@@ -67,6 +67,7 @@ FORMS: list[Case] = [
     Case("gelu", attributes=dict(activation="gelu")),
     Case("gelu_tanh", attributes=dict(activation="gelu_tanh")),
     Case("relu2, not gated", attributes=dict(activation="relu2", gated=False), biases=True),
+    Case("relu, not gated", attributes=dict(activation="relu", gated=False)),
     Case("silu, not gated, ekn", attributes=dict(gated=False, layout="ekn")),
     Case("gpt-oss", attributes=dict(activation="swiglu_oai", limit=0.7, interleaved=True, layout="ekn"), biases=True),
     Case("limit", attributes=dict(limit=0.5)),

@@ -30,8 +30,8 @@ def act(name: str, x: float) -> float:
         return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
     if name == "gelu_tanh":
         return x * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    assert name == "relu2"
-    return max(x, 0.0) ** 2
+    assert name in ("relu", "relu2")
+    return max(x, 0.0) ** (2 if name == "relu2" else 1)
 
 
 def expert(
@@ -103,7 +103,7 @@ ATTRIBUTES: dict[str, Any] = dict(
     seed=st.integers(0, 2**20),
     T=st.integers(0, 5),
     K=st.integers(1, 3),
-    activation=st.sampled_from(["silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai"]),
+    activation=st.sampled_from(["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]),
     gated=st.booleans(),
     interleaved=st.booleans(),
     limit=st.none() | st.sampled_from([0.5, 7.0]),

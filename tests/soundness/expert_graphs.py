@@ -23,11 +23,18 @@ PARTS: dict[str, tuple[Any, ...]] = {
         "gathered", "matvec", "embedded", "dense", "batched", "loop", "own", "grouped", "grouped", "slots", "picked",
     ),
     "routing": ("softmax", "renormalised", "of_chosen", "sigmoid", "groups", "given"),
-    "picking": ("equal", "where", "one_hot", "scatter", "scatter_add"),
+    "picking": (
+        "equal", "where", "one_hot", "scatter", "scatter_add", "filled_softmax", "filled_sigmoid", "looked_up", "divided",
+        "each",
+    ),
+    "dispatched": (False, False, True),
     "sorting": ("argsort", "sort", "k_major"),
     "ends": ("histc", "equal", "searchsorted"),
     "unsort": ("inverse", "argsort", "written", "index_add"),
-    "act": ("silu", "silu", "gelu", "gelu_tanh", "relu2", "by_hand", "oai"),
+    "act": (
+        "silu", "silu", "gelu", "gelu_tanh", "relu", "relu2", "by_hand", "by_division", "gelu_by_hand",
+        "gelu_tanh_by_hand", "oai",
+    ),
     "gate": ("halves", "up_first", "interleaved", "apart", "none"),
     "bias": (False, False, True),
     "transposed": (False, True),
@@ -44,6 +51,7 @@ MUTATIONS = (
     "smallest_scores", "softmax_over_tokens", "sum_of_all_scores", "weights_written_between", "input_flipped",
     "scores_rounded", "hidden_returned", "shares_returned", "bias_chosen_and_weighed", "input_scaled_by_expert",
     "groups_filled_with_zero", "group_of_neighbour", "gate_squared", "rows_of_tokens", "input_of_choice",
+    "filled_with_less", "dispatched_to_next", "weighed_twice", "norm_behind", "other_constant", "choices_swapped",
 )  # fmt: skip
 
 
@@ -57,6 +65,7 @@ class Spec:
     form: str = "gathered"
     routing: str = "softmax"
     picking: str = "equal"
+    dispatched: bool = False
     sorting: str = "argsort"
     ends: str = "histc"
     unsort: str = "inverse"
@@ -172,9 +181,13 @@ def activate(spec: Spec, h: Tensor, up: Tensor | None) -> Tensor:
         h = h * h
     if spec.act == "oai" and up is not None:
         return h * torch.sigmoid(1.702 * h) * (up + 1)
+    cubic = 0.05 if spec.has("other_constant") else 0.044715
     acts: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": F.gelu, "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"), "relu2": lambda g: F.relu(g).square(),
-        "by_hand": lambda g: g * torch.sigmoid(g),
+        "relu": lambda g: F.relu(g - 20.0) if spec.has("other_constant") else F.relu(g),
+        "by_hand": lambda g: g * torch.sigmoid(g), "by_division": lambda g: g / (1 + torch.exp(-g)),
+        "gelu_by_hand": lambda g: g * 0.5 * (1 + torch.erf(g / 2**0.5)),
+        "gelu_tanh_by_hand": lambda g: 0.5 * g * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (g + cubic * g**3))),
     }  # fmt: skip
     h = acts.get(spec.act, F.silu)(h)
     return h if up is None else h * up
@@ -259,13 +272,24 @@ def _gathered(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: 
     return total(spec, p, linear(h, w2, second), t["b2"][second] if spec.bias else None)
 
 
-def _shares(spec: Spec, ids: Tensor, p: Tensor) -> Tensor:
+def _shares(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor) -> Tensor:
     """``[T, E]``"""
     E, T = spec.E, ids.shape[0]
-    if spec.picking == "equal":
-        return ((ids[..., None] == torch.arange(E)) * p[..., None]).sum(1)
+    same = ids[..., None] == torch.arange(E)
+    if spec.picking in ("equal", "each"):
+        return (same * p[..., None]).sum(1)
     if spec.picking == "where":
-        return torch.where(ids[..., None] == torch.arange(E), p[..., None], 0).sum(1)
+        return torch.where(same, p[..., None], 0).sum(1)
+    if spec.picking in ("looked_up", "divided"):
+        found = F.linear(x, t["router"]).softmax(-1) * same.any(1)
+        return found / found.sum(-1, keepdim=True) if spec.picking == "divided" else found
+    if spec.picking.startswith("filled") and not spec.has("ids_outside"):
+        fill = -5.0 if spec.has("filled_with_less") else -torch.inf
+        filled = torch.full((T, E), fill, dtype=p.dtype).scatter(1, ids, p)
+        if spec.seed % 2:
+            filled = F.linear(x, t["router"]).masked_fill(~same.any(1), fill)
+        dim = 0 if spec.has("softmax_over_tokens") else -1
+        return filled.softmax(dim) if spec.picking == "filled_softmax" else filled.sigmoid()
     if spec.picking == "one_hot" and not spec.has("ids_outside"):
         return torch.einsum("tke,tk->te", F.one_hot(ids, E).to(p.dtype), p)
     if spec.has("ids_outside"):
@@ -284,8 +308,15 @@ def _dense(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: lis
             return torch.bmm(rows if rows.dim() == 3 else rows.expand(spec.E, -1, -1), w.mT)
         return torch.einsum("eti,eoi->eto" if rows.dim() == 3 else "ti,eoi->eto", rows, w)
 
-    h = linear(x, w13)
-    up = linear(t["other"] if spec.has("up_of_other_input") else x, w3) if spec.gate == "apart" else None
+    shares = _shares(spec, t, x, ids, p if spec.weigh != "nowhere" else torch.ones_like(p))
+    rows, others = x, t["other"] if spec.has("up_of_other_input") else x
+    inside = spec.weigh == "input" and spec.form != "picked"
+    if inside or (spec.dispatched and spec.form != "picked"):
+        given = ids + 1 if spec.has("dispatched_to_next") else ids
+        factor = shares if inside else (given[..., None] == torch.arange(spec.E)).any(1)
+        rows, others = (r * factor.T[..., None] for r in (rows, others))
+    h = linear(rows, w13)
+    up = linear(others, w3) if spec.gate == "apart" else None
     if spec.bias:
         h, up = h + t["b13"][:, None], None if up is None else up + t["b3"][:, None]
     h = activate(spec, h, up)
@@ -297,17 +328,17 @@ def _dense(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: lis
     if spec.form == "picked":
         chosen = y.transpose(0, 1).gather(1, ids[..., None].expand(-1, -1, spec.D))
         return total(spec, p, chosen, None)
-    shares = _shares(spec, ids, p if spec.weigh != "nowhere" else torch.ones_like(p))
     if spec.has("shares_of_all"):
         shares = F.linear(x, t["router"]).softmax(-1)
-    y = y * shares.T[..., None]
+    if not inside or spec.has("weighed_twice"):
+        y = y * shares.T[..., None]
     return y.mean(0) if spec.has("mean_of_choices") else y.sum(0)
 
 
 def _loop(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: list[Tensor]) -> Tensor:
     own = spec.form == "own"
     parts = {n: [w.clone() for w in t[n]] if own else t[n] for n in ("w13", "w3", "w2", "b13", "b3", "b2")}
-    shares = _shares(spec, ids, p) if spec.picking in ("one_hot", "scatter", "scatter_add") else None
+    shares = None if spec.picking in ("equal", "where", "each") else _shares(spec, t, x, ids, p)
 
     def linear(rows: Tensor, name: str, bias: str, e: int) -> Tensor:
         w = parts[name][e]
@@ -318,8 +349,6 @@ def _loop(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: list
         if spec.has("expert_left_out") and e == 1:
             continue
         second = (e + 1) % spec.E if spec.has("second_matrix_of_next") else e
-        up = linear(t["other"] if spec.has("up_of_other_input") else x, "w3", "b3", e) if spec.gate == "apart" else None
-        y = linear(activate(spec, linear(x, "w13", "b13", e), up), "w2", "b2", second)
         asked = e + 1 if spec.has("expert_next") else e
         chosen = ids == asked
         if shares is not None:
@@ -330,7 +359,18 @@ def _loop(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: list
             share = (p * chosen).sum(-1, keepdim=True)
         if spec.weigh == "nowhere":
             share = chosen.any(-1, keepdim=True)
-        if spec.seed % 3 == 0:
+        inside = spec.weigh == "input"
+        rows, others = x * share if inside else x, t["other"] if spec.has("up_of_other_input") else x
+        others = others * share if inside else others
+        up = linear(others, "w3", "b3", e) if spec.gate == "apart" else None
+        y = linear(activate(spec, linear(rows, "w13", "b13", e), up), "w2", "b2", second)
+        if inside and not spec.has("weighed_twice"):
+            share = torch.ones_like(share)
+        if spec.picking == "each" and not inside:
+            columns = [1, 0] if spec.has("choices_swapped") and spec.K == 2 else list(range(spec.K))
+            for k, other in enumerate(columns):
+                out = out + torch.where((ids[:, k] == asked)[:, None], p[:, other, None] * y, 0)
+        elif spec.seed % 3 == 0:
             out = torch.where(chosen.any(-1, keepdim=True), out + y * share, out)
         else:
             out = out + y * share
@@ -416,6 +456,8 @@ def mixture(spec: Spec) -> Callable[[Tensors], Any]:
         ids, p = route(spec, t, x)
         extra: list[Tensor] = [p * 2] if spec.has("shares_returned") else []
         out = experts(spec, t, x, ids, p, extra)
+        if spec.has("norm_behind"):
+            out = out * torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + 1e-6)
         if spec.tail == "shared":
             out = out + F.silu(F.linear(x, t["shared"]))
         elif spec.tail == "scaled":

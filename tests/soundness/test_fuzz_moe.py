@@ -30,7 +30,9 @@ def specs(draw: st.DrawFn) -> Spec:
 
 def sensible(spec: Spec) -> Spec:
     """Combinations that mean something, and that no two roundings of eager can tell apart."""
-    if spec.form in ("dense", "batched", "loop", "own", "picked") and spec.weigh in ("between", "input"):
+    if spec.form in ("dense", "batched", "loop", "own", "picked") and spec.weigh == "between":
+        spec = replace(spec, weigh="output")
+    if spec.form == "picked" and spec.weigh == "input":
         spec = replace(spec, weigh="output")
     if spec.act == "oai" and spec.gate == "none":
         spec = replace(spec, act="silu")
