@@ -26,6 +26,7 @@ import torch._dynamo
 
 from . import breaks, counters, recompiles
 from .python_rewrite import NotRewritable, Rewritten, rewrite
+from .runtime.memory import refuse_shared
 from .runtime.refusal import frame, originals
 from .scope import options_for
 
@@ -66,6 +67,7 @@ def install() -> None:
         logger.info("Python counters are constants at first with this torch: %s", reason)
     try:
         from torch._dynamo import convert_frame
+        from torch._dynamo.output_graph import OutputGraph
         from torch._dynamo.variables.functions import NestedUserFunctionVariable, UserFunctionVariable
 
         signature = inspect.signature(convert_frame.trace_frame)
@@ -73,6 +75,7 @@ def install() -> None:
                    "globals"} - set(signature.parameters)  # fmt: skip
         if missing or not hasattr(torch._dynamo, "error_on_graph_break"):
             raise AttributeError(f"trace_frame without {missing}")
+        OutputGraph.call_user_compiler  # noqa: B018  (missing ones shall be noticed here)
     except (ImportError, AttributeError) as reason:
         logger.info("data-dependent Python is not rewritten with this torch: %s", reason)
         return
@@ -86,8 +89,27 @@ def install() -> None:
 
     convert_frame.trace_frame = tracing
     _undo.append(lambda: setattr(convert_frame, "trace_frame", trace_frame))
+    _check_whole_graphs(OutputGraph)
     for owner in (UserFunctionVariable, NestedUserFunctionVariable):
         _wrap_get_code(owner)
+
+
+def _check_whole_graphs(owner: Any) -> None:
+    """Look at a graph once more when it is whole, before our backend gets it."""
+    call_user_compiler = owner.call_user_compiler
+
+    @wraps(call_user_compiler)
+    def checked(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
+        if _tracing.active:
+            known = len(frame.refused)
+            try:
+                refuse_shared(self, gm.graph)
+            finally:
+                _report_refusals(known)
+        return call_user_compiler(self, gm, *args, **kwargs)
+
+    owner.call_user_compiler = checked
+    _undo.append(lambda: setattr(owner, "call_user_compiler", call_user_compiler))
 
 
 def _wrap_get_code(owner: Any) -> None:

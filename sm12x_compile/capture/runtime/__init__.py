@@ -9,6 +9,8 @@
     number       Python numbers that only the device knows
     control      loops over hits, names after a branch
     provenance   what the graph traced so far knows about two tensors
+    memory       who shares whose memory: a copy that stands for a view must not be written
+    failing      operations that raise an error for some values
     trace        nothing happens under a condition that would not show
     refusal      giving up, cleanly
 """

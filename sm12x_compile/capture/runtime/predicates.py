@@ -59,10 +59,11 @@ class Predicate:
 
 
 def of_tensor(value: Tensor) -> Predicate:
+    """The truth of a tensor as it is now: the author may write it afterwards."""
     if value.numel() != 1:
         refuse("a tensor of several elements is used as a condition")
     value = value.reshape(())
-    return Predicate((Condition(value if value.dtype == torch.bool else value != 0),))
+    return Predicate((Condition(value.clone() if value.dtype == torch.bool else value != 0),))
 
 
 def any_of(mask: Tensor) -> Predicate:
