@@ -8,6 +8,7 @@ that is still read chosen by `torch.where`. Statements for which that is impossi
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ class _Function:
         for k, s in enumerate(body):
             if isinstance(s, ast.If) and (_leaves(s.body, ast.Return) or _leaves(s.orelse, ast.Return)):
                 rest = body[k + 1 :]
-                sides = [b if _ends(b, ast.Return) else [*b, *rest] for b in (s.body, s.orelse)]
+                sides = [b if _ends(b, ast.Return) else [*b, *self.again(rest)] for b in (s.body, s.orelse)]
                 new = ast.If(s.test, *[self._returning(side, name) for side in sides])
                 return [*body[:k], ast.copy_location(new, s)]
         last = body[-1] if body else None
@@ -103,6 +104,15 @@ class _Function:
             return body
         return [*body, _assign(name, ast.Constant(None), last or self.function)]
 
+    def again(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        """Statements once more, to be rewritten by themselves: they may come to stand under two conditions."""
+        copies = [copy.deepcopy(s) for s in body]
+        for old, new in ((o, n) for a, b in zip(body, copies, strict=True)
+                         for o, n in zip(ast.walk(a), ast.walk(b), strict=True)):  # fmt: skip
+            if isinstance(old, ast.stmt) and isinstance(new, ast.stmt) and old in self.noise.dropped:
+                self.noise.dropped[new] = self.noise.dropped[old]
+        return copies
+
     def no_continue(self, body: list[ast.stmt]) -> list[ast.stmt]:
         """``if c: continue`` before other statements becomes a branch with an else."""
         for k, s in enumerate(body):
@@ -112,7 +122,7 @@ class _Function:
                 rest = body[k + 1 :]
                 sides = []
                 for side in (s.body, s.orelse):
-                    side = side[:-1] if _ends(side, ast.Continue) else [*side, *rest]
+                    side = side[:-1] if _ends(side, ast.Continue) else [*side, *self.again(rest)]
                     sides.append(self.no_continue(side))
                 new = ast.If(s.test, sides[0] or [_located(ast.Pass(), s)], sides[1])
                 return [*body[:k], ast.copy_location(new, s)]
