@@ -152,13 +152,22 @@ class _Function:
             return self.loop(s, under, live)
         if isinstance(s, ast.While):
             self.note(s, "loop while a condition holds")
-            s.test = helper("certainly", helper("test", self.expressions.of(s.test, under)))
+            s.test = helper("certainly", self.expressions.of(s.test, under))
             s.body = self.block(s.body, under, live | loads(s))
             return [s]
         if isinstance(s, ast.With):
             for entry in s.items:
                 entry.context_expr = self.expressions.of(entry.context_expr, under)
             s.body = self.block(s.body, under, live)
+            return [s]
+        if isinstance(s, ast.Try):
+            # What it catches is raised while the graph is traced, by the same operations as in the author's code.
+            inside = live | loads(*s.handlers, *s.orelse, *s.finalbody)
+            s.body = self.block(s.body, under, inside)
+            for handler in s.handlers:
+                handler.body = self.block(handler.body, under, live | loads(*s.finalbody))
+            s.orelse = self.block(s.orelse, under, live | loads(*s.finalbody)) if s.orelse else []
+            s.finalbody = self.block(s.finalbody, under, live) if s.finalbody else []
             return [s]
         if isinstance(s, ast.Expr):
             plain = isinstance(s.value, ast.Constant)

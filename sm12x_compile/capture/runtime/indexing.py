@@ -15,7 +15,7 @@ from .refusal import refuse
 from .rows import BeforeRows, Rows
 from .rowwise import aligned, mixes, over
 from .selection import Count, HitRow, Selection
-from .writes import put_masked, put_rows, under_condition
+from .writes import in_range, put_masked, put_rows, under_condition
 
 
 def _entries(index: Any) -> tuple[Any, ...]:
@@ -225,9 +225,27 @@ def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
     if under is None:
         x[key] = value
         return
+    places = _one_index(entries)
+    if places >= 0 and (not isinstance(value, Tensor) or value.ndim <= x.ndim):
+        index: list[Tensor | None] = [None] * places
+        index.append(in_range(entries[places], x.shape[places], under))
+        value = value.to(x.dtype) if isinstance(value, Tensor) else x.new_full((), value)
+        under_condition(x, torch.ops.aten.index_put.default(x, index, value), under)
+        return
     changed = x.clone()
     changed[key] = value
     under_condition(x, changed, under)
+
+
+def _one_index(entries: tuple[Any, ...]) -> int:
+    """The dimension that the only entry that is no ``:`` indexes by positions; -1 if there are others."""
+    last = entries[-1]
+    if not isinstance(last, Tensor) or last.dtype not in (torch.int64, torch.int32):
+        return -1
+    for e in entries[:-1]:
+        if not isinstance(e, slice) or e != slice(None):
+            return -1
+    return len(entries) - 1
 
 
 def _is_basic(entries: tuple[Any, ...]) -> bool:

@@ -126,7 +126,7 @@ def refuse_shared(output: Any, graph: Graph) -> None:
     found = next(_mistaken(graph, getattr(output, "_sm12x_copies", [])), None)
     if found is not None:
         reason = "a name may stand for either of two tensors, or for a view, and one of them is written afterwards"
-        frame.refused[found.code] = (found.line, reason)
+        frame.give_up(found.code, found.line, reason)
         raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason=f"sm12x: {reason}")
 
 
