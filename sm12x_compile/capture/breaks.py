@@ -17,17 +17,21 @@ def place(code: CodeType, line: int) -> str:
     return f"{os.path.basename(code.co_filename)}:{line}"
 
 
-def describe(code: CodeType, rewritten: Rewritten) -> str:
-    """One line for a rewritten function: where it is, and what was done in which line."""
+def describe(code: CodeType, rewritten: Rewritten, *, by_count: bool = False) -> str:
+    """One line for a rewritten function: where it is, and what was done in which line.
+
+    `by_count`: it was rewritten for its branches on a Python int that is counted up.
+    """
     by_what: dict[str, list[int]] = {}
     for line, _, what in rewritten.changes:
+        what = "branch on a count" if by_count and what == "branch on a tensor" else what
         by_what.setdefault(what, []).append(line)
     parts = [f"{what} ({'lines' if len(at) > 1 else 'line'} {', '.join(map(str, at))})" for what, at in by_what.items()]
     return f"{place(code, code.co_firstlineno)} {_name(code)}: {'; '.join(parts)}"
 
 
-def say_rewritten(code: CodeType, rewritten: Rewritten) -> None:
-    _say(describe(code, rewritten))
+def say_rewritten(code: CodeType, rewritten: Rewritten, *, by_count: bool) -> None:
+    _say(describe(code, rewritten, by_count=by_count))
 
 
 def say_refused(code: CodeType, line: int, reason: str) -> None:

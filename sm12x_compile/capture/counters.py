@@ -25,11 +25,17 @@ from .scope import options_for
 
 logger = logging.getLogger("sm12x_compile")
 _in_modules: set[CodeType] = set()
+_names: dict[CodeType, set[str]] = {}  # a frame's code: its counters, as Dynamo names their sources
 
 
 def counts_in_a_module(code: CodeType) -> bool:
     """Whether a frame of this code was seen to count in an attribute of a module."""
     return code in _in_modules
+
+
+def counted_in(code: CodeType) -> set[str]:
+    """Dynamo's names of the ints that a frame of this code was seen to count up."""
+    return _names.get(code, set())
 
 
 def install(undo: list[Callable[[], None]]) -> None:
@@ -60,6 +66,7 @@ def install(undo: list[Callable[[], None]]) -> None:
     OutputGraph.compile_subgraph = compiling  # type: ignore[method-assign]
     undo.append(lambda: setattr(OutputGraph, "compile_subgraph", compile_subgraph))
     undo.append(_in_modules.clear)
+    undo.append(_names.clear)
 
 
 def _make_symbols(graph: Any) -> bool:
@@ -69,13 +76,15 @@ def _make_symbols(graph: Any) -> bool:
     root = graph.root_tx
     known = _memory(root)
     found = False
+    code = originals.get(root.f_code, root.f_code)
     for owner, name, new in _counted(graph.side_effects):
+        _names.setdefault(code, set()).add(name)
         entry = known.get(name)
         if entry is not None and entry.scalar is not auto_dynamic and entry.scalar != new:
             entry |= FrameStateSizeEntry.make_scalar(new)
             found = True
             if isinstance(owner, nn.Module):
-                _in_modules.add(originals.get(root.f_code, root.f_code))
+                _in_modules.add(code)
     return found
 
 

@@ -26,7 +26,9 @@ import torch._dynamo
 
 from . import breaks, counters, recompiles
 from .python_rewrite import NotRewritable, Rewritten, rewrite
-from .runtime.refusal import frame, originals
+from .runtime.counted import depends_on_count, symbols_of
+from .runtime.memory import refuse_shared
+from .runtime.refusal import for_counts, frame, originals, tracers
 from .scope import options_for
 
 logger = logging.getLogger("sm12x_compile")
@@ -49,9 +51,9 @@ _undo: list[Callable[[], None]] = []
 def form_of(code: CodeType) -> CodeType:
     """The code to trace for a function: its own, or what was found to stand for it."""
     found = _rewritten.get(code)
-    if found is None or code in frame.refused:
+    if found is None or code in frame.refused or code in frame.silent:
         return code
-    breaks.say_rewritten(code, found)
+    breaks.say_rewritten(code, found, by_count=code in for_counts)
     return found.code
 
 
@@ -66,13 +68,16 @@ def install() -> None:
         logger.info("Python counters are constants at first with this torch: %s", reason)
     try:
         from torch._dynamo import convert_frame
+        from torch._dynamo.output_graph import OutputGraph
         from torch._dynamo.variables.functions import NestedUserFunctionVariable, UserFunctionVariable
+        from torch._dynamo.variables.tensor import SymNodeVariable
 
         signature = inspect.signature(convert_frame.trace_frame)
         missing = {"code", "instructions", "code_options", "compiler_fn", "one_graph", "speculation_log",
                    "globals"} - set(signature.parameters)  # fmt: skip
         if missing or not hasattr(torch._dynamo, "error_on_graph_break"):
             raise AttributeError(f"trace_frame without {missing}")
+        OutputGraph.call_user_compiler  # noqa: B018  (missing ones shall be noticed here)
     except (ImportError, AttributeError) as reason:
         logger.info("data-dependent Python is not rewritten with this torch: %s", reason)
         return
@@ -86,8 +91,64 @@ def install() -> None:
 
     convert_frame.trace_frame = tracing
     _undo.append(lambda: setattr(convert_frame, "trace_frame", trace_frame))
+    _check_whole_graphs(OutputGraph)
     for owner in (UserFunctionVariable, NestedUserFunctionVariable):
         _wrap_get_code(owner)
+    _look_for_counts(SymNodeVariable)
+
+
+def _check_whole_graphs(owner: Any) -> None:
+    """Look at a graph once more when it is whole, before our backend gets it."""
+    call_user_compiler = owner.call_user_compiler
+
+    @wraps(call_user_compiler)
+    def checked(self: Any, gm: Any, *args: Any, **kwargs: Any) -> Any:
+        if _tracing.active:
+            known = len(frame.refused)
+            try:
+                refuse_shared(self, gm.graph)
+            finally:
+                _report_refusals(known)
+        return call_user_compiler(self, gm, *args, **kwargs)
+
+    owner.call_user_compiler = checked
+    _undo.append(lambda: setattr(owner, "call_user_compiler", call_user_compiler))
+
+
+def _look_for_counts(owner: Any) -> None:
+    """Rewrite a function when Dynamo is about to decide a branch on a count in it."""
+    evaluate_expr = owner.evaluate_expr
+
+    @wraps(evaluate_expr)
+    def evaluating(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _tracing.active:
+            _leave_to_the_data(symbols_of(self.sym_num))
+        return evaluate_expr(self, *args, **kwargs)
+
+    owner.evaluate_expr = evaluating
+    _undo.append(lambda: setattr(owner, "evaluate_expr", evaluate_expr))
+
+
+def _leave_to_the_data(expression: Any) -> None:
+    tracer = next(tracers(), None)
+    if tracer is None or expression is None or not depends_on_count(expression, tracer.output):
+        return
+    code = tracer.f_code
+    if code in originals or code in _rewritten or code in frame.refused or code in frame.plain:
+        return
+    try:
+        found = _forms[code] if code in _forms else rewrite(code, tracer.f_globals)
+    except NotRewritable:
+        found = None
+    except Exception:  # ours must not fail the user's model
+        logger.warning("rewriting %s failed", code.co_name, exc_info=True)
+        found = None
+    _forms[code] = found
+    if found is not None and found.touches(tracer.lineno or 0):
+        _rewritten[code] = found
+        originals[found.code] = code
+        for_counts.add(code)
+        raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason="sm12x: a branch on a count")
 
 
 def _wrap_get_code(owner: Any) -> None:
@@ -115,19 +176,22 @@ def uninstall() -> None:
     _rewritten.clear()
     _forms.clear()
     originals.clear()
+    for_counts.clear()
 
 
 @contextmanager
 def _ours(log: Any) -> Iterator[None]:
     """Trace for our backend; Dynamo keeps one `log` for all its attempts at a frame."""
-    before = _tracing.active, frame.refused
-    if not hasattr(log, "_sm12x_refused"):
-        log._sm12x_refused = {}
-    _tracing.active, frame.refused = True, log._sm12x_refused
+    before = _tracing.active, dict(vars(frame))
+    if not hasattr(log, "_sm12x"):
+        log._sm12x = {}
+    _tracing.active = True
+    frame.begin(log._sm12x)
     try:
         yield
     finally:
-        _tracing.active, frame.refused = before
+        _tracing.active, held = before
+        vars(frame).update(held)
 
 
 def _trace(trace_frame: Callable[..., Any], call: inspect.BoundArguments) -> Any:
@@ -210,11 +274,15 @@ def _learn(error: BaseException) -> bool:
     for code, line, _ in frames:
         original = originals.get(code)
         if original is not None:
-            frame.refused[original] = (line, f"its rewritten form does not trace: {_first_line(error)}")
+            frame.give_up(original, line, f"its rewritten form does not trace: {_first_line(error)}")
             return True
     if not isinstance(error, torch._dynamo.exc.Unsupported):
         return False
     for code, line, names in frames:
+        if code in frame.silent and _rewritten[code].touches(line):
+            frame.silent.discard(code)  # there is more to rewrite in it than its branches on a count
+            for_counts.discard(code)
+            return True
         if code in _rewritten or code in frame.refused or code.co_name.startswith("torch_dynamo_resume_in"):
             continue
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from .expressions import Expressions, helper, load
+from .expressions import Expressions, helper, load, predicate
 
 _ZERO_TESTS = {ast.Gt: False, ast.NotEq: False, ast.Eq: True}
 
@@ -64,7 +64,7 @@ class Conditions:
                 counted = self.expressions.of(left.func.value, under)
                 symbol = {ast.Gt: ">", ast.NotEq: "!=", ast.Eq: "=="}[type(inner.ops[0])]
                 return helper("sum_test", counted, ast.Constant(symbol))
-        return helper("test", self.expressions.of(test, under))
+        return helper("test", self.expressions.of(test, under), predicate(under))
 
 
 def _unwrapped(e: ast.expr) -> ast.expr:

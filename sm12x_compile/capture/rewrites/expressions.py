@@ -76,7 +76,7 @@ class Expressions(ast.NodeTransformer):
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         self.generic_visit(node)
-        node.test = helper("certainly", helper("test", node.test))
+        node.test = helper("certainly", node.test)
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:

@@ -8,6 +8,7 @@ that is still read chosen by `torch.where`. Statements for which that is impossi
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,7 +91,7 @@ class _Function:
         for k, s in enumerate(body):
             if isinstance(s, ast.If) and (_leaves(s.body, ast.Return) or _leaves(s.orelse, ast.Return)):
                 rest = body[k + 1 :]
-                sides = [b if _ends(b, ast.Return) else [*b, *rest] for b in (s.body, s.orelse)]
+                sides = [b if _ends(b, ast.Return) else [*b, *self.again(rest)] for b in (s.body, s.orelse)]
                 new = ast.If(s.test, *[self._returning(side, name) for side in sides])
                 return [*body[:k], ast.copy_location(new, s)]
         last = body[-1] if body else None
@@ -101,6 +102,15 @@ class _Function:
             return body
         return [*body, _assign(name, ast.Constant(None), last or self.function)]
 
+    def again(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        """Statements once more, to be rewritten by themselves: they may come to stand under two conditions."""
+        copies = [copy.deepcopy(s) for s in body]
+        for old, new in ((o, n) for a, b in zip(body, copies, strict=True)
+                         for o, n in zip(ast.walk(a), ast.walk(b), strict=True)):  # fmt: skip
+            if isinstance(old, ast.stmt) and isinstance(new, ast.stmt) and old in self.noise.dropped:
+                self.noise.dropped[new] = self.noise.dropped[old]
+        return copies
+
     def no_continue(self, body: list[ast.stmt]) -> list[ast.stmt]:
         """``if c: continue`` before other statements becomes a branch with an else."""
         for k, s in enumerate(body):
@@ -110,7 +120,7 @@ class _Function:
                 rest = body[k + 1 :]
                 sides = []
                 for side in (s.body, s.orelse):
-                    side = side[:-1] if _ends(side, ast.Continue) else [*side, *rest]
+                    side = side[:-1] if _ends(side, ast.Continue) else [*side, *self.again(rest)]
                     sides.append(self.no_continue(side))
                 new = ast.If(s.test, sides[0] or [_located(ast.Pass(), s)], sides[1])
                 return [*body[:k], ast.copy_location(new, s)]
@@ -140,13 +150,22 @@ class _Function:
             return self.loop(s, under, live)
         if isinstance(s, ast.While):
             self.note(s, "loop while a condition holds")
-            s.test = helper("certainly", helper("test", self.expressions.of(s.test, under)))
+            s.test = helper("certainly", self.expressions.of(s.test, under))
             s.body = self.block(s.body, under, live | loads(s))
             return [s]
         if isinstance(s, ast.With):
             for entry in s.items:
                 entry.context_expr = self.expressions.of(entry.context_expr, under)
             s.body = self.block(s.body, under, live)
+            return [s]
+        if isinstance(s, ast.Try):
+            # What it catches is raised while the graph is traced, by the same operations as in the author's code.
+            inside = live | loads(*s.handlers, *s.orelse, *s.finalbody)
+            s.body = self.block(s.body, under, inside)
+            for handler in s.handlers:
+                handler.body = self.block(handler.body, under, live | loads(*s.finalbody))
+            s.orelse = self.block(s.orelse, under, live | loads(*s.finalbody)) if s.orelse else []
+            s.finalbody = self.block(s.finalbody, under, live) if s.finalbody else []
             return [s]
         if isinstance(s, ast.Expr):
             plain = isinstance(s.value, ast.Constant)

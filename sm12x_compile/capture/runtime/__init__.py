@@ -1,16 +1,18 @@
 """What rewritten code calls. Dynamo traces into all of it; only tensor operations of fixed shape remain.
 
-predicates   conditions that the data decide
-selection    the positions that a mask selects, without their number
-rows         a value for each selected position, computed for all
-rowwise      which operations treat each row by itself
-writes       writes of selected rows, and writes under a condition
-indexing     subscripts
-number       Python numbers that only the device knows
-control      loops over hits, names after a branch
-provenance   what the graph traced so far knows about two tensors
-trace        nothing happens under a condition that would not show
-refusal      giving up, cleanly
+    predicates   conditions that the data decide
+    selection    the positions that a mask selects, without their number
+    rows         a value for each selected position, computed for all
+    rowwise      which operations treat each row by itself
+    writes       writes of selected rows, and writes under a condition
+    indexing     subscripts
+    number       Python numbers that only the device knows
+    control      loops over hits, names after a branch
+    provenance   what the graph traced so far knows about two tensors
+    memory       who shares whose memory: a copy that stands for a view must not be written
+    failing      operations that raise an error for some values
+    trace        nothing happens under a condition that would not show
+    refusal      giving up, cleanly
 """
 
 import operator as operators

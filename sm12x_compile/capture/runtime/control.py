@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .memory import stands_for
 from .number import Number, number_of
 from .predicates import Condition, Predicate
 from .provenance import index_bound
@@ -93,23 +94,25 @@ def _select(t: Predicate, a: Any, b: Any) -> Any:
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             refuse("a name gets tensors of different shape or dtype, depending on tensor values")
         needs_gradients(a, b)
-        return torch.where(t.tensor(), a, b)
+        chosen = torch.where(t.tensor(), a, b)
+        stands_for(chosen, a, b)
+        return chosen
     if isinstance(a, Predicate) or isinstance(b, Predicate):
         refuse("a truth value depends on a condition that depends on tensor values")
     if isinstance(a, Rows) and isinstance(b, Rows):
         if a.selection.same_as(b.selection) and a.axes == b.axes and a.rest == b.rest and a.dtype == b.dtype:
-            return Rows(a.selection, a.axes, torch.where(t.tensor(), a.dense, b.dense))
+            a.fresh = b.fresh = False
+            return Rows(a.selection, a.axes, torch.where(t.tensor(), a.dense, b.dense), fresh=False)
         refuse("a name gets selected rows that depend on a condition")
-    if isinstance(a, (tuple, list)) and type(a) is type(b) and len(a) == len(b):
-        items = [_select(t, x, y) for x, y in zip(a, b, strict=True)]
-        return tuple(items) if isinstance(a, tuple) else items
+    if isinstance(a, tuple) and isinstance(b, tuple) and type(a) is type(b) is tuple and len(a) == len(b):
+        return tuple([_select(t, x, y) for x, y in zip(a, b, strict=True)])
     if _is_number(a) and _is_number(b):
         return _select_number(t, a, b)
     if (a is None and b is None) or (isinstance(a, str) and isinstance(b, str) and a == b):
         return a
     if isinstance(a, bool) and isinstance(b, bool) and a == b:
         return a
-    if not isinstance(a, (Tensor, tuple, list, int, float, str, Number, Rows)) and a is b:
+    if not isinstance(a, (Tensor, tuple, int, float, str, Number, Rows)) and a is b:
         return a
     refuse("a name gets different kinds of values, depending on tensor values")
 

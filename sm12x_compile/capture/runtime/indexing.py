@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import stands_for
 from .number import Number
 from .predicates import Predicate
 from .provenance import now
@@ -14,7 +15,7 @@ from .refusal import refuse
 from .rows import BeforeRows, Rows
 from .rowwise import aligned, mixes, over
 from .selection import Count, HitRow, Selection
-from .writes import put_masked, put_rows, under_condition
+from .writes import in_range, put_masked, put_rows, under_condition
 
 
 def _entries(index: Any) -> tuple[Any, ...]:
@@ -89,7 +90,7 @@ def _masked(x: Tensor, mask: Tensor, rest: tuple[Any, ...]) -> Rows:
         mask = mask.bool()
     if tuple(x.shape[: mask.ndim]) != tuple(mask.shape):
         refuse("a mask's shape is not that of the first dimensions of what it indexes")
-    selection = Selection(mask)
+    selection = Selection(mask.clone())
     rows = _alias(selection, tuple(range(mask.ndim)), x)
     return rows[(slice(None), *rest)] if rest else rows
 
@@ -139,7 +140,7 @@ def _gathered(x: Tensor, entries: tuple[Any, ...]) -> Any:
             if len(axes) < selection.mask.ndim else selection.mask  # fmt: skip
         # Where nothing is selected the index may be out of bounds.
         safe = [torch.where(mask, over(i, axes), 0) for i in index]
-        rows = Rows(selection, axes, x[tuple(safe)])
+        rows = Rows(selection, axes, torch.ops.aten.index.Tensor(x, safe))
     return rows[(slice(None), *rest)] if rest else rows
 
 
@@ -150,6 +151,7 @@ def _at_number(x: Tensor, entries: tuple[Any, ...]) -> Tensor:
         refuse("a number read from a tensor stands beside another index")
     k = dim[0]
     picked = x[(*([slice(None)] * k), entries[k].tensor().reshape(1))].squeeze(k)
+    stands_for(picked, x)
     rest = [e for j, e in enumerate(entries) if j != k]
     return picked[tuple(rest)] if rest else picked
 
@@ -178,7 +180,9 @@ def _range_of(x: Tensor, e: slice) -> Tensor:
 def _sliced(x: Tensor, entries: tuple[Any, ...]) -> Rows:
     if not isinstance(entries[0], slice) or any(isinstance(e, slice) and _has_number(e) for e in entries[1:]):
         refuse("a slice of another dimension than the first has a bound read from a tensor")
-    return _masked(x, _range_of(x, entries[0]), entries[1:])
+    rows = _masked(x, _range_of(x, entries[0]), entries[1:])
+    rows.fresh = False  # in the author's code a view
+    return rows
 
 
 def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
@@ -221,9 +225,27 @@ def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
     if under is None:
         x[key] = value
         return
+    places = _one_index(entries)
+    if places >= 0 and (not isinstance(value, Tensor) or value.ndim <= x.ndim):
+        index: list[Tensor | None] = [None] * places
+        index.append(in_range(entries[places], x.shape[places], under))
+        value = value.to(x.dtype) if isinstance(value, Tensor) else x.new_full((), value)
+        under_condition(x, torch.ops.aten.index_put.default(x, index, value), under)
+        return
     changed = x.clone()
     changed[key] = value
     under_condition(x, changed, under)
+
+
+def _one_index(entries: tuple[Any, ...]) -> int:
+    """The dimension that the only entry that is no ``:`` indexes by positions; -1 if there are others."""
+    last = entries[-1]
+    if not isinstance(last, Tensor) or last.dtype not in (torch.int64, torch.int32):
+        return -1
+    for e in entries[:-1]:
+        if not isinstance(e, slice) or e != slice(None):
+            return -1
+    return len(entries) - 1
 
 
 def _is_basic(entries: tuple[Any, ...]) -> bool:

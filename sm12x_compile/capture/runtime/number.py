@@ -212,7 +212,7 @@ def _compare(func: Any, a: Any, b: Any) -> Any:
 
 
 def number_of(t: Tensor) -> Number:
-    """What ``t.item()`` is.
+    """What ``t.item()`` is, whatever is written to `t` afterwards.
 
     Refuses tensors that need gradients: `item` cuts them off.
     """
@@ -221,7 +221,7 @@ def number_of(t: Tensor) -> Number:
     if t.dtype.is_complex:
         refuse("item() of a complex tensor")
     t = t.detach().reshape(())
-    return Number(t.to(torch.float64 if t.dtype.is_floating_point else torch.int64))
+    return Number(t.to(torch.float64 if t.dtype.is_floating_point else torch.int64, copy=True))
 
 
 def item(x: Any) -> Any:

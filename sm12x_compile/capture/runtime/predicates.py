@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counted import condition
 from .provenance import implies_hit, now, same_value
 from .refusal import refuse
 
@@ -21,15 +22,17 @@ class Condition:
         value: the condition.
         nonempty: the condition is ``nonempty.any()``, if not None.
         hits, index: the condition is ``hits[index]``, if not None: the item of a loop over ``hits.nonzero()``.
+        fact: the number of a condition on a count (`counted`), negative for its opposite; 0 if it is none.
     """
 
     def __init__(
-        self, value: Tensor, nonempty: Tensor | None = None, hits: Tensor | None = None, index: int = 0
+        self, value: Tensor, nonempty: Tensor | None = None, hits: Tensor | None = None, index: int = 0, fact: int = 0
     ) -> None:
         self.value = value
         self.nonempty = nonempty
         self.hits = hits
         self.index = index
+        self.fact = fact
         self.start = now()
 
     def follows_from_a_hit_in(self, mask: Tensor) -> bool:
@@ -59,10 +62,11 @@ class Predicate:
 
 
 def of_tensor(value: Tensor) -> Predicate:
+    """The truth of a tensor as it is now: the author may write it afterwards."""
     if value.numel() != 1:
         refuse("a tensor of several elements is used as a condition")
     value = value.reshape(())
-    return Predicate((Condition(value if value.dtype == torch.bool else value != 0),))
+    return Predicate((Condition(value.clone() if value.dtype == torch.bool else value != 0),))
 
 
 def any_of(mask: Tensor) -> Predicate:
@@ -72,8 +76,18 @@ def any_of(mask: Tensor) -> Predicate:
     return Predicate((Condition(mask.any(), nonempty=mask),))
 
 
-def test(x: Any) -> Any:
-    """What an ``if`` would do with `x`: True or False if Python knows, else a `Predicate`."""
+def test(x: Any, under: Predicate | None = None) -> Any:
+    """What an ``if`` under a condition would do with `x`: True or False if Python knows, else a `Predicate`."""
+    if isinstance(x, bool):
+        found = condition(x, () if under is None else tuple([c.fact for c in under.conditions if c.fact]))
+        if isinstance(found, tuple):
+            return Predicate((Condition(found[0], fact=found[1]),))
+        return x if found is None else found
+    return truth(x)
+
+
+def truth(x: Any) -> Any:
+    """What `test` says of anything but a count."""
     if isinstance(x, Predicate):
         return x
     if isinstance(x, Tensor):
@@ -96,8 +110,9 @@ def may_not(t: Any) -> bool:
     return True if isinstance(t, Predicate) else not t
 
 
-def certainly(t: Any) -> bool:
-    """The outcome of a test that must not depend on data."""
+def certainly(x: Any) -> bool:
+    """The truth of `x`, which must not depend on data."""
+    t = truth(x)
     if isinstance(t, Predicate):
         refuse("a condition that depends on tensor values decides what Python does here")
     return t
@@ -105,7 +120,10 @@ def certainly(t: Any) -> bool:
 
 def not_(t: Any) -> Any:
     if isinstance(t, Predicate):
-        return Predicate((Condition(~t.tensor()),), t) if t.opposite is None else t.opposite
+        if t.opposite is not None:
+            return t.opposite
+        fact = -t.conditions[0].fact if len(t.conditions) == 1 else 0
+        return Predicate((Condition(~t.tensor(), fact=fact),), t)
     return not t
 
 

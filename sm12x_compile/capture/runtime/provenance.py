@@ -6,13 +6,13 @@ or where a private attribute has moved, every answer is False: no more than a lo
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .memory import name_of, written
 from .refusal import tracers
 
 _DEPTH = 24
@@ -103,6 +103,7 @@ class _Comparison:
         self.shared: set[Node] = set()
 
     def equal(self, a: Any, b: Any, depth: int = _DEPTH) -> bool:
+        a, b = self._copied(a), self._copied(b)
         if isinstance(a, Node) and a is b:
             self.shared.add(a)
             return True
@@ -110,7 +111,7 @@ class _Comparison:
             if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
                 return len(a) == len(b) and all(self.equal(x, y, depth) for x, y in zip(a, b, strict=True))
             return type(a) is type(b) and not isinstance(a, (Node, dict)) and bool(a == b)
-        if depth == 0 or a.op != b.op or a.target != b.target or not _name(a) or _is_random(a) or _writes(a):
+        if depth == 0 or a.op != b.op or a.target != b.target or not name_of(a) or _is_random(a) or written(a):
             return False
         self.twice |= {a, b}
         return (
@@ -118,6 +119,13 @@ class _Comparison:
             and a.kwargs.keys() == b.kwargs.keys()
             and all(self.equal(a.kwargs[k], b.kwargs[k], depth - 1) for k in a.kwargs)
         )
+
+    def _copied(self, x: Any) -> Any:
+        """What a node is a copy of: the same values, if nobody writes them between the two."""
+        while name_of(x) == "clone" and isinstance(x.args[0], Node):
+            self.twice.add(x)
+            x = x.args[0]
+        return x
 
     def undisturbed(self, start: int | None = None) -> bool:
         """Whether no shared operand is written after the first node that reads it (and since `start`)."""
@@ -130,7 +138,7 @@ class _Comparison:
                 return True
             missing.discard(node)
             left -= 1
-            if _writes(node) and node.args and _may_touch(base_of(node.args[0]), bases):
+            if any(_may_touch(base_of(x), bases) for x in written(node)):
                 return False
         return True
 
@@ -159,7 +167,7 @@ def _implied(index: int) -> bool:
         return False
     mask = _bool_of(nodes[0])
     whole = _sum_over_the_rest(_bool_of(nodes[1]))
-    if whole is None or _name(mask) != "getitem":
+    if whole is None or name_of(mask) != "getitem":
         return False
     at = mask.args[1]
     at = at[0] if isinstance(at, tuple) and len(at) == 1 else at
@@ -200,41 +208,15 @@ def _locals_of(code: Any, *names: str) -> list[Node] | None:
     return None
 
 
-def _name(node: Any) -> str:
-    if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
-        return ""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 def _is_random(node: Node) -> bool:
-    name = _name(node)
+    name = name_of(node)
     return name.startswith(("rand", "empty", "new_empty", "bernoulli", "multinomial", "normal")) or "dropout" in name
-
-
-IN_PLACE = frozenset(
-    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-     operator.iand, operator.ior, operator.ixor, operator.ipow, operator.imod, operator.imatmul,
-     operator.ilshift, operator.irshift}
-)  # fmt: skip
-
-
-def _writes(node: Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target in IN_PLACE or "out" in node.kwargs:
-        return True
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = _name(node)
-    if getattr(node.target, "__module__", None) == "_operator":
-        return False  # and_, or_
-    return name.endswith("_") and not name.endswith("__")
 
 
 def base_of(node: Node) -> Node:
     """The tensor whose memory a node may be a view of."""
     for _ in range(1000):
-        if node.op not in ("call_function", "call_method") or (_name(node) in _FRESH and not _writes(node)):
+        if node.op not in ("call_function", "call_method") or (name_of(node) in _FRESH and not written(node)):
             return node
         inner = node.args[0] if node.args else None
         if not isinstance(inner, Node):
@@ -246,9 +228,9 @@ def base_of(node: Node) -> Node:
 def _bool_of(node: Any) -> Any:
     """The tensor whose elements differ from 0 where the node is True."""
     while isinstance(node, Node):
-        name = _name(node)
+        name = name_of(node)
         differs = name in ("ne", "not_equal") and node.args[1] == 0
-        if differs or name == "bool" or (name == "to" and node.args[1:] == (torch.bool,)):
+        if differs or name in ("bool", "clone") or (name == "to" and node.args[1:] == (torch.bool,)):
             node = node.args[0]
         else:
             break
@@ -257,11 +239,11 @@ def _bool_of(node: Any) -> Any:
 
 def _sum_over_the_rest(hits: Any) -> Any:
     """M if ``hits[e]`` is True whenever any element of ``M[e]`` differs from 0."""
-    if _name(hits) in ("gt", "greater") and hits.args[1] == 0:
+    if name_of(hits) in ("gt", "greater") and hits.args[1] == 0:
         hits, positive = hits.args[0], True
     else:
         positive = False
-    name = _name(hits)
+    name = name_of(hits)
     if name not in ("sum", "any", "count_nonzero") or not isinstance(hits.args[0], Node):
         return None
     whole = hits.args[0]
@@ -280,19 +262,19 @@ def _sum_over_the_rest(hits: Any) -> Any:
 
 
 def _is_one_hot(node: Any) -> bool:
-    while _name(node) in ("permute", "transpose", "contiguous", "to", "long", "int", "movedim", "clone"):
+    while name_of(node) in ("permute", "transpose", "contiguous", "to", "long", "int", "movedim", "clone"):
         node = node.args[0]
-    return _name(node) == "one_hot"
+    return name_of(node) == "one_hot"
 
 
 def _size_indexed(node: Any) -> int:
     for _ in range(_DEPTH):
-        name = _name(node)
+        name = name_of(node)
         if name in ("argmax", "argmin", "argsort"):
             return _size_along(node, {"argsort": -1}.get(name))
-        if name == "getitem" and _name(node.args[0]) in ("topk", "sort", "max", "min") and node.args[1] == 1:
+        if name == "getitem" and name_of(node.args[0]) in ("topk", "sort", "max", "min") and node.args[1] == 1:
             inner = node.args[0]
-            return _size_along(inner, -1, place=2 if _name(inner) == "topk" else 1)
+            return _size_along(inner, -1, place=2 if name_of(inner) == "topk" else 1)
         if name in ("view", "reshape", "flatten", "squeeze", "unsqueeze", "to", "long", "int", "contiguous",
                     "getitem", "transpose", "permute", "t", "detach", "clone", "ravel"):  # fmt: skip
             node = node.args[0]

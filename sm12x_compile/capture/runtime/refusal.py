@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import types
@@ -10,6 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 
+logger = logging.getLogger("sm12x_compile")
+
 
 class CannotRewrite(Exception):
     """Outside of tracing: what `refuse` raises."""
@@ -17,6 +20,8 @@ class CannotRewrite(Exception):
 
 # Rewritten code object -> the original that it stands for.
 originals: dict[types.CodeType, types.CodeType] = {}
+# Originals that are rewritten for nothing but their branches on a count.
+for_counts: set[types.CodeType] = set()
 
 
 class _Frame(threading.local):
@@ -25,10 +30,30 @@ class _Frame(threading.local):
     Attributes:
         refused: functions that are traced as they are in this frame, with line and reason. Another frame, with
             other inputs, may well take the rewritten form.
+        counted: rewritten functions in which a condition on a count was left to the data.
+        plain: functions in which it is not, because that had to be given up.
+        silent: functions that were rewritten for nothing else, and are traced as they are.
     """
 
     def __init__(self) -> None:
-        self.refused: dict[types.CodeType, tuple[int, str]] = {}
+        self.begin({})
+
+    def begin(self, memory: dict[str, Any]) -> None:
+        """Go on with a frame; `memory` is what is kept for all attempts at it."""
+        self.refused: dict[types.CodeType, tuple[int, str]] = memory.setdefault("refused", {})
+        self.counted: set[types.CodeType] = memory.setdefault("counted", set())
+        self.plain: set[types.CodeType] = memory.setdefault("plain", set())
+        self.silent: set[types.CodeType] = memory.setdefault("silent", set())
+
+    def give_up(self, original: types.CodeType, line: int, reason: str) -> None:
+        """Trace a function in a simpler form from now on: without choices by count, or as its author wrote it."""
+        if original in self.counted and original not in self.plain:
+            logger.debug("a branch on a count is decided while tracing: %s", reason)
+            self.plain.add(original)
+            if original in for_counts:
+                self.silent.add(original)
+        else:
+            self.refused[original] = (line, reason)
 
 
 frame = _Frame()
@@ -63,7 +88,7 @@ def restart_without(reason: str) -> None:
     for tracer in tracers():
         original = originals.get(tracer.f_code)
         if original is not None:
-            frame.refused[original] = (int(tracer.lineno or original.co_firstlineno), reason)
+            frame.give_up(original, int(tracer.lineno or original.co_firstlineno), reason)
             # This kind of restart also forgets where graph breaks were expected.
             raise torch._dynamo.exc.UnspecializeRestartAnalysis(restart_reason=f"sm12x: {reason}")
     raise CannotRewrite(reason)

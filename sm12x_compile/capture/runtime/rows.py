@@ -364,7 +364,7 @@ def nonzero(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     name = getattr(func, "__name__", "")
     plain = not args and kwargs.keys() <= {"as_tuple"}
     if isinstance(x, Tensor) and plain and name in ("nonzero", "argwhere", "where") and x.ndim:
-        selection = Selection(x if x.dtype == torch.bool else x != 0)
+        selection = Selection(x.clone() if x.dtype == torch.bool else x != 0)
         if name == "where" or kwargs.get("as_tuple"):
             return coordinates(selection)
         return Nonzero(selection)

@@ -18,7 +18,7 @@ from .refusal import refuse
 
 
 class Selection:
-    """The True positions of `mask`, bool of any shape."""
+    """The True positions of `mask`, bool of any shape, which nobody else may write."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask

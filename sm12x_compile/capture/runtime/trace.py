@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import count, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from .failing import may_fail
+from .memory import name_of, written
 from .predicates import Predicate
-from .provenance import _is_random, _name, _writes, base_of
+from .provenance import _is_random, base_of
 from .refusal import refuse, restart_without, tracers
 
 # How rewritten code itself writes, always under the predicate. Nobody else writes through these overloads.
@@ -28,46 +30,46 @@ def needs_gradients(*values: Tensor) -> None:
 
 
 def mark(*tests: Any) -> int:
-    """The place in the graph where code under a data-dependent condition begins; -1 if the condition is certain."""
+    """Where code under a data-dependent condition begins, for `check`; -1 if the condition is certain."""
     for t in tests:
         if isinstance(t, Predicate):
             return _begin()
     return -1
 
 
-def check(start: int) -> None:
+def check(begin: int) -> None:
     """Nothing since `mark` may have an effect that does not depend on the condition.
 
     Rewritten code writes under the condition; functions that it calls do not know of it.
     """
-    if start >= 0:
-        _check(start)
+    if begin >= 0:
+        _check(begin)
 
 
-_before: dict[int, Any] = {}
+_marks = count()
+_before: dict[int, tuple[Node | None, list[tuple[Any, Any]]]] = {}
 
 
 @torch._dynamo.assume_constant_result
 def _begin() -> int:
     for tracer in tracers():
-        start = len(tracer.output.graph.nodes)
-        _before[start] = _objects(tracer)
-        return start
+        mark = next(_marks)
+        _before[mark] = next(iter(reversed(tracer.output.graph.nodes)), None), _objects(tracer)
+        return mark
     return -1
 
 
 @torch._dynamo.assume_constant_result
-def _check(start: int) -> None:
+def _check(mark: int) -> None:
     for tracer in tracers():
-        before = _before.pop(start, None)
-        graph = tracer.output.graph
-        inside = list(islice(reversed(graph.nodes), len(graph.nodes) - start))[::-1]
+        last, objects = _before.pop(mark)
+        inside = list(takewhile(lambda node: node is not last, reversed(tracer.output.graph.nodes)))[::-1]
         own = set(inside)
         for node in inside:
             why = _effect(node, own)
             if why:
                 restart_without(f"{why} under a condition that depends on tensor values")
-        if before is not None and _changed(tracer, before):
+        if _changed(tracer, objects):
             restart_without("an object is changed under a condition that depends on tensor values")
         return
 
@@ -123,11 +125,12 @@ def _is_our_own(value: Any) -> bool:
 def _effect(node: Node, own: set[Node]) -> str | None:
     if node.target in OWN_WRITES:
         return None
-    if _is_random(node) and not _name(node).startswith(("empty", "new_empty")):
-        return f"{_name(node)} draws random numbers"
-    if not _writes(node) or not node.args:
-        return None
-    base = base_of(node.args[0]) if isinstance(node.args[0], Node) else node
-    if base in own and base.op in ("call_function", "call_method"):
-        return None
-    return f"{_name(node)} writes a tensor"
+    if _is_random(node) and not name_of(node).startswith(("empty", "new_empty")):
+        return f"{name_of(node)} draws random numbers"
+    if may_fail(node):
+        return f"{name_of(node)} may fail for other values, and would run"
+    for target in written(node):
+        base = base_of(target)
+        if base not in own or base.op not in ("call_function", "call_method"):
+            return f"{name_of(node)} writes a tensor"
+    return None

@@ -222,8 +222,19 @@ def method(x: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], und
         return scatter(name, (x, *args), kwargs, under)
     if under is None:
         return getattr(x, name)(*args, **kwargs)
+    if name in ("index_copy_", "index_add_") and len(args) == 3 and not kwargs:
+        dim, index, source = args
+        function = aten.index_copy.default if name == "index_copy_" else aten.index_add.default
+        return under_condition(x, function(x, dim, in_range(index, x.shape[dim], under), source), under)
     changed = getattr(x.clone(), name)(*args, **kwargs)
     return under_condition(x, changed, under)
+
+
+def in_range(index: Tensor, size: int, under: Predicate) -> Tensor:
+    """Positions along a dimension: the author's where the condition holds, and one that exists elsewhere."""
+    if size == 0:
+        refuse("an empty tensor is written under a condition")
+    return torch.where(under.tensor(), index, 0)
 
 
 def under_condition(x: Tensor, changed: Tensor, under: Predicate) -> Tensor:
