@@ -23,7 +23,13 @@ from .decode import xqa, xqa_refusal
 from .delta_rule import gdn_chunked, gdn_refusal
 from .experts import b12x_moe, b12x_refusal
 from .latent import (
-    mla_fa2, mla_fa2_refusal, mla_fa3, mla_fa3_refusal, mla_fa3_token, mla_fa3_token_refusal, mla_xqa,
+    mla_fa2,
+    mla_fa2_refusal,
+    mla_fa3,
+    mla_fa3_refusal,
+    mla_fa3_token,
+    mla_fa3_token_refusal,
+    mla_xqa,
     mla_xqa_refusal,
 )  # fmt: skip
 from .prefill import fa2, fa2_refusal

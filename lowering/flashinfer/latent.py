@@ -1,13 +1,12 @@
 """`sm12x::mla` by FlashInfer: FA2, or FA3 on Hopper, over the latents in place; xqa for 128 heads on SM12x.
 
-All compute `mla` without weights, but `mla_fa3_token`, which is one token with its weights: the projections are those of
-`triton.mla_absorbed`.
+All compute `mla` without weights, but `mla_fa3_token`: one token with its weights, projected as `triton.mla_absorbed`
+does it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ from .plans import PLANS
 FA2_FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
 FA3_FAMILIES = ("sm9x",)
 FA3_ROWS = 64  # of a tile
-FA3_KEYS = 8192  # in all batches: where it passes our decode (benchmarks/results/latent_kernels-h200.json)
+FA3_KEYS = 8192  # in all batches, from where on it was faster than our decode on an H200 (0.019 ms to 0.025)
+TOKEN_KEYS = 20480  # the same for one token with its projections, between 16384 (0.048 to 0.046) and 32768
 XQA_FAMILIES = ("sm12x",)  # xqa.py: "XQA MLA is only supported on SM120/SM121 GPUs"
 DTYPES = (torch.float16, torch.bfloat16)
 XQA_HEADS, LATENT, ROPE = 128, 512, 64
@@ -77,11 +77,11 @@ def mla_fa3_token_refusal(call: Call, arch: Arch) -> str | None:
     if refusal:
         return refusal
     query = call.q_nope.new_empty((*call.q_nope.shape[:3], call.latent.shape[2]))
-    return mla_fa3_refusal(replace(call, arguments={**call.arguments, **_core_arguments(query)}), arch)
-
-
-def _core_arguments(query: Tensor) -> dict[str, Any]:
-    return {"q_nope": query, "w_uk": None, "w_uv": None}
+    core = Call("mla", {**call.arguments, "q_nope": query, "w_uk": None, "w_uv": None})
+    refusal = mla_fa3_refusal(core, arch)
+    if refusal is None and call.latent.shape[1] < TOKEN_KEYS:
+        return f"FA3 is faster from {TOKEN_KEYS} keys on, here {call.latent.shape[1]}"
+    return refusal
 
 
 def _fa_refusal(call: Call, arch: Arch, name: str, families: tuple[str, ...]) -> str | None:

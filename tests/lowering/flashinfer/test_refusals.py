@@ -73,7 +73,7 @@ WORDS = [
     ("mla_fa3", latent(H=128, T=8192, kv_len=position), r"known on the device alone"),
     ("mla_fa3_token", latent(H=128, T=8192), r"has absorbed the up-projections"),
     ("mla_fa3_token", latent(B=1, H=128, S=2, T=8192, weights=(128, 128)), r"one token of one sequence"),
-    ("mla_fa3_token", latent(B=1, H=128, T=4096, weights=(128, 128)), r"faster from 8192 keys on, here 4096"),
+    ("mla_fa3_token", latent(B=1, H=128, T=16384, weights=(128, 128)), r"faster from 20480 keys on, here 16384"),
     ("mla_xqa", latent(packed=True), r"exactly 128 heads, here 1 of 8"),
     ("mla_xqa", latent(H=128), r"two tensors, to be joined at every step"),
     ("mla_xqa", latent(H=128, packed=True, dtype=half), r"bf16 latents, not float16"),
