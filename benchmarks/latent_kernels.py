@@ -3,10 +3,10 @@
     python benchmarks/latent_kernels.py [--out benchmarks/results/latent_kernels-h200.json] [--sweep]
 
 Every time is the median of CUDA graph replays over four rotated sets of weights and caches. "whole" is the code that
-expands the cache, compiled by our backend, "Inductor" the same code compiled by Inductor, "attention" the kernel
-between the absorbed projections; "plain torch" is the absorbed form in ordinary ops; "FlashInfer" its paged kernels for
-that attention, where the package is installed. The floor is bytes over the copy bandwidth of this run. "SM12x tiles"
-are those of an RTX 5090 on the GPU at hand.
+expands the cache, compiled by our backend; where FlashInfer is installed, "own kernels" is the same without its FA3.
+"Inductor" is the same code compiled by Inductor, "attention" our kernel between the absorbed projections, "plain torch"
+the absorbed form in ordinary ops, "FlashInfer" its paged kernels for that attention. The floor is bytes over the copy
+bandwidth of this run. "SM12x tiles" are those of an RTX 5090 on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ H, N, R, V, L = 128, 128, 64, 128, 512
 SCALE = (N + R) ** -0.5
 SHAPES = [(1, 4096), (1, 32768), (8, 8192)]
 SETS = 4
+PLAIN = {"cuda_graphs": False}  # the graph is captured here
+OWN = ["-flashinfer.mla_fa3", "-flashinfer.mla_fa3_token"]
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -97,7 +99,10 @@ def measure(B: int, T: int, bandwidth: float, sweep: bool) -> dict[str, Any]:
     sets = inputs(B, T)
     truth = mla.reference(*(t.double() for t in sets[0]), SCALE)
     torch._dynamo.reset()
-    ours, inductor = (torch.compile(as_written, backend=backend) for backend in (sm12x, "inductor"))
+    inductor = torch.compile(as_written)
+    ours = torch.compile(as_written, backend=sm12x, options=PLAIN)
+    alone = torch.compile(as_written, backend=sm12x, options={**PLAIN, "kernels": OWN})
+    flashinfer = importlib.util.find_spec("flashinfer") is not None
     written = [(*x[:4], torch.cat([x[4], x[5]], 1).flatten(0, 1)) for x in sets]
     with collect() as site:
         error = float((ours(*written[0]).double() - truth).norm() / truth.norm())
@@ -108,11 +113,13 @@ def measure(B: int, T: int, bandwidth: float, sweep: bool) -> dict[str, Any]:
         "Inductor": graph_time([partial(inductor, *x) for x in written], replays=5),
         "plain torch": graph_time([partial(plain, x) for x in sets]),
     }
+    if flashinfer:
+        ms["own kernels"] = graph_time([partial(alone, *x) for x in written])
     for name, card in (("attention", of_device(0)), ("attention, SM12x tiles", by_name("rtx5090"))):
         tiles = mla_tiles(card, L, H, B * T)
         splits = mla_splits(of_device(0), tiles, B * -(-H // tiles.block_r), T)
         ms[name] = graph_time([partial(attention, tiles, splits, x) for x in latent_sets])
-    if importlib.util.find_spec("flashinfer"):
+    if flashinfer:
         for backend in ("fa2", "fa3"):
             ms[f"FlashInfer {backend}"] = graph_time([flashinfer_attention(backend, x) for x in latent_sets])
     row: dict[str, Any] = {

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from .arch import Arch, resolve
 from .cuda_graphs.positions import positions_as_tensors
 from .lowering.linear import join_linears
+from .lowering.linear_cpu import share_linears
 from .lowering.select import lower, plan
 from .marks import mark
 from .match import GraphView, Refusal, Rewrite, module_of, source_of
@@ -66,7 +67,7 @@ def transform(gm: GraphModule, options: Options, report: Report) -> Transformed:
     report.races += race.records if race else []
     clean(normal)
     if any(site.status == "rewritten" for site in sites):
-        sites += join_linears(normal, options, run_arch)
+        sites += join_linears(normal, options, run_arch) + share_linears(normal, options, run_arch)
     declare_constants(normal)
     normal.graph.lint()
     normal.recompile()

@@ -1,7 +1,12 @@
-"""`sm12x::mla` without weights by FlashInfer: FA2 over the latents in place, or xqa for 128 heads on SM12x."""
+"""`sm12x::mla` by FlashInfer: FA2, or FA3 on Hopper, over the latents in place; xqa for 128 heads on SM12x.
+
+All compute `mla` without weights, but `mla_fa3_token`: one token with its weights, projected as `triton.mla_absorbed`
+does it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +16,17 @@ from ...arch import Arch
 from ...ops import mla as op
 from ...registry import Call
 from ..triton.arguments import card_of, dtype_name
+from ..triton.mla_absorbed import mla_absorbed_refusal, project
 from . import installed
 from .lengths import known_length, known_refusal, last_token_length, last_token_refusal
 from .pages import page_size, page_table, pages_apart
 from .plans import PLANS
 
 FA2_FAMILIES = ("sm8x", "sm9x", "sm10x", "sm12x")
+FA3_FAMILIES = ("sm9x",)
+FA3_ROWS = 64  # of a tile
+FA3_KEYS = 8192  # in all batches, from where on it was faster than our decode on an H200 (0.019 ms to 0.025)
+TOKEN_KEYS = 20480  # the same for one token with its projections, between 16384 (0.048 to 0.046) and 32768
 XQA_FAMILIES = ("sm12x",)  # xqa.py: "XQA MLA is only supported on SM120/SM121 GPUs"
 DTYPES = (torch.float16, torch.bfloat16)
 XQA_HEADS, LATENT, ROPE = 128, 512, 64
@@ -41,52 +51,99 @@ def _core(call: Call) -> str | None:
 
 def mla_fa2_refusal(call: Call, arch: Arch) -> str | None:
     """Why `mla_fa2` cannot take this call on this card, in one sentence, or None."""
-    refusal = _core(call) or installed.refusal(arch, FA2_FAMILIES)
+    return _fa_refusal(call, arch, "FA2", FA2_FAMILIES)
+
+
+def mla_fa3_refusal(call: Call, arch: Arch) -> str | None:
+    """Why `mla_fa3` cannot or should not take this call on this card, in one sentence, or None."""
+    refusal = _fa_refusal(call, arch, "FA3", FA3_FAMILIES)
+    if refusal:
+        return refusal
+    (B, H, S, _), T = call.q_nope.shape, call.latent.shape[1]
+    if not all(isinstance(n, int) for n in (B, S, T)):
+        return "every length is planned on the host, and these change from call to call"
+    if H * S < FA3_ROWS:
+        return f"FA3 takes {FA3_ROWS} rows at a time, here {H * S}"
+    if B * T < FA3_KEYS:
+        return f"FA3 is faster from {FA3_KEYS} keys on, here {B * T}"
+    return None
+
+
+def mla_fa3_token_refusal(call: Call, arch: Arch) -> str | None:
+    """Why `mla_fa3_token` cannot or should not take this call on this card, in one sentence, or None."""
+    if call.w_uk is None:
+        return "the author has absorbed the up-projections"
+    refusal = mla_absorbed_refusal(call, arch)
+    if refusal:
+        return refusal
+    query = call.q_nope.new_empty((*call.q_nope.shape[:3], call.latent.shape[2]))
+    core = Call("mla", {**call.arguments, "q_nope": query, "w_uk": None, "w_uv": None})
+    refusal = mla_fa3_refusal(core, arch)
+    if refusal is None and call.latent.shape[1] < TOKEN_KEYS:
+        return f"FA3 is faster from {TOKEN_KEYS} keys on, here {call.latent.shape[1]}"
+    return refusal
+
+
+def _fa_refusal(call: Call, arch: Arch, name: str, families: tuple[str, ...]) -> str | None:
+    refusal = _core(call) or installed.refusal(arch, families)
     if refusal:
         return refusal
     q, latent, rope = call.q_nope, call.latent, call.k_rope
     dtypes = {t.dtype for t in (q, call.q_rope, latent, rope)}
     if len(dtypes) > 1 or q.dtype not in DTYPES:
         names = " and ".join(sorted(map(dtype_name, dtypes)))
-        return f"FA2 needs queries and latents in fp16 or bf16 alike, not {names}"
+        return f"{name} needs queries and latents in fp16 or bf16 alike, not {names}"
     widths = (latent.shape[2], rope.shape[2])
     if widths != (LATENT, ROPE):
-        return f"FA2 is used for {LATENT} latents and {ROPE} rotary dimensions, here {widths[0]} and {widths[1]}"
+        return f"{name} is used for {LATENT} latents and {ROPE} rotary dimensions, here {widths[0]} and {widths[1]}"
     if not isinstance(q.shape[1], int):
         return "the number of heads must be known while compiling"
     if call.causal and TILE_Q % q.shape[1] and call.hint(q.shape[2]) > 1:
-        return f"FA2 may lose a query's last key unless its heads divide {TILE_Q}, here {q.shape[1]}"
+        return f"{name} may lose a query's last key unless its heads divide {TILE_Q}, here {q.shape[1]}"
     if call.hint(q.shape[0]) * call.hint(q.shape[2]) > MAX_ROWS:
         return f"plans up to {MAX_ROWS} queries"
     return known_refusal(call, q.shape[2], latent.shape[1])
 
 
-@installed.explained("flashinfer.mla_fa2")
-def mla_fa2(
-    q_nope: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None, w_uk: Tensor | None,
-    w_uv: Tensor | None, scale: float, causal: bool = False, window_left: int | None = None,
-    window_right: int | None = None, chunk: int | None = None, q_offset: Tensor | None = None, q_shift: int = 0,
-    kv_len: Tensor | None = None, key_padding: Tensor | None = None, q_segments: Tensor | None = None,
-    k_segments: Tensor | None = None, bias: Tensor | None = None, softcap: float = 0.0,
-    sinks: Tensor | None = None, empty_rows: str = "zero", out_dtype: torch.dtype | None = None,
+def _by_backend(backend: str) -> Callable[..., Tensor]:
+    @installed.explained(f"flashinfer.mla_{backend}")
+    def run(
+        q_nope: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None, w_uk: Tensor | None,
+        w_uv: Tensor | None, scale: float, causal: bool = False, window_left: int | None = None,
+        window_right: int | None = None, chunk: int | None = None, q_offset: Tensor | None = None, q_shift: int = 0,
+        kv_len: Tensor | None = None, key_padding: Tensor | None = None, q_segments: Tensor | None = None,
+        k_segments: Tensor | None = None, bias: Tensor | None = None, softcap: float = 0.0,
+        sinks: Tensor | None = None, empty_rows: str = "zero", out_dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`sm12x::mla` without weights, see `sm12x_compile.ops.mla` for the arguments and the result."""
+        length = known_length(causal, window_left, q_shift, q_nope.shape[2], latent.shape[1])
+        if not length or not q_nope.numel() or q_rope is None or k_rope is None:
+            return op.reference(
+                q_nope, q_rope, latent, k_rope, w_uk, w_uv, scale, causal, window_left, window_right, chunk, q_offset,
+                q_shift, kv_len, key_padding, q_segments, k_segments, bias, softcap, sinks, empty_rows, out_dtype,
+            )  # fmt: skip
+        result = _attend(backend, q_nope, q_rope, latent, k_rope, scale, causal, length)
+        return (result if out_dtype in (None, latent.dtype) else result.to(out_dtype)).transpose(1, 2)
+
+    return run
+
+
+mla_fa2, mla_fa3 = _by_backend("fa2"), _by_backend("fa3")
+
+
+def _attend(
+    backend: str, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, scale: float, causal: bool,
+    length: int,
 ) -> Tensor:  # fmt: skip
-    """`sm12x::mla` without weights, see `sm12x_compile.ops.mla` for the arguments and the result."""
+    """The mixture of latents, ``[B, S, H, L]``, by a wrapper that was planned for these shapes and this length."""
     B, H, S, L = q_nope.shape
-    T = latent.shape[1]
-    length = known_length(causal, window_left, q_shift, S, T)
-    if not length or not q_nope.numel() or q_rope is None or k_rope is None:
-        return op.reference(
-            q_nope, q_rope, latent, k_rope, w_uk, w_uv, scale, causal, window_left, window_right, chunk, q_offset,
-            q_shift, kv_len, key_padding, q_segments, k_segments, bias, softcap, sinks, empty_rows, out_dtype,
-        )  # fmt: skip
-    R = k_rope.shape[2]
+    T, R, dtype = latent.shape[1], k_rope.shape[2], latent.dtype
     page = page_size(T) or 1
     # Pages of one token need no more than rows that follow each other; copied where a batch is not a run of pages.
     ckv, kpe = latent.contiguous().view(-1, page, L), k_rope.contiguous().view(-1, page, R)
-    dtype = latent.dtype
 
     def make(workspace: Tensor) -> Any:
-        wrapper = installed.entry("flashinfer.mla:BatchMLAPagedAttentionWrapper")(workspace, backend="fa2")
+        wrapper = installed.entry("flashinfer.mla:BatchMLAPagedAttentionWrapper")(workspace, backend=backend)
         used = -(-length // page)
         wrapper.plan(
             qo_indptr=torch.arange(B + 1, dtype=torch.int32) * S,
@@ -104,12 +161,31 @@ def mla_fa2(
         )
         return wrapper
 
-    wrapper = PLANS.get(latent.device, ("mla", B, H, S, length, T, L, R, dtype, causal, scale), make)
+    wrapper = PLANS.get(latent.device, (f"mla {backend}", B, H, S, length, T, L, R, dtype, causal, scale), make)
     rows, rope = (x.transpose(1, 2).reshape(B * S, H, -1) for x in (q_nope, q_rope))
     out = latent.new_empty((B * S, H, L))
     wrapper.run(q_nope=rows, q_pe=rope, ckv_cache=ckv, kpe_cache=kpe, out=out)
-    result = out.view(B, S, H, L)
-    return (result if out_dtype in (None, dtype) else result.to(out_dtype)).transpose(1, 2)
+    return out.view(B, S, H, L)
+
+
+@installed.explained("flashinfer.mla_fa3_token")
+def mla_fa3_token(
+    q_nope: Tensor, q_rope: Tensor | None, latent: Tensor, k_rope: Tensor | None, w_uk: Tensor | None,
+    w_uv: Tensor | None, scale: float, causal: bool = False, window_left: int | None = None,
+    window_right: int | None = None, chunk: int | None = None, q_offset: Tensor | None = None, q_shift: int = 0,
+    kv_len: Tensor | None = None, key_padding: Tensor | None = None, q_segments: Tensor | None = None,
+    k_segments: Tensor | None = None, bias: Tensor | None = None, softcap: float = 0.0,
+    sinks: Tensor | None = None, empty_rows: str = "zero", out_dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """`sm12x::mla` with its weights for one token, see `sm12x_compile.ops.mla` for the arguments and the result."""
+    length = known_length(causal, window_left, q_shift, 1, latent.shape[1])
+    if not length or q_rope is None or k_rope is None or w_uk is None or w_uv is None:
+        return op.reference(
+            q_nope, q_rope, latent, k_rope, w_uk, w_uv, scale, causal, window_left, window_right, chunk, q_offset,
+            q_shift, kv_len, key_padding, q_segments, k_segments, bias, softcap, sinks, empty_rows, out_dtype,
+        )  # fmt: skip
+    mixed = _attend("fa3", project(q_nope, w_uk), q_rope, latent, k_rope, scale, causal, length)
+    return project(mixed.transpose(1, 2), w_uv.mT, out_dtype or latent.dtype)
 
 
 def mla_xqa_refusal(call: Call, arch: Arch) -> str | None:

@@ -128,12 +128,12 @@ def fed(compiled: Compiled, lifted: Lifted, device: torch.device) -> Compiled:
         if not tensors:
             with torch.inference_mode(False):
                 tensors.extend(torch.zeros((), dtype=torch.int64, device=device) for _ in range(lifted.values))
-        numbers = lifted.host(*(inputs[k] for k in lifted.ints))
+        numbers = lifted.host(*[inputs[k] for k in lifted.ints])
         for k, tensor in enumerate(tensors):
             if filled[k] != numbers[k]:
                 tensor.fill_(numbers[k])
                 filled[k] = numbers[k]
-        given = [*(inputs[k] for k in lifted.kept), *tensors]
+        given = [inputs[k] for k in lifted.kept] + tensors
         inputs.clear()
         results = compiled(given)
         if not lifted.results:

@@ -111,7 +111,8 @@ def _on_the_host(placeholders: Sequence[Node], numbers: set[Node], wanted: Seque
         if node in numbers and node not in copy:
             copy[node] = graph.node_copy(node, lambda x: copy[x])
     graph.output([copy[x] for x in wanted])
-    return GraphModule(torch.nn.Module(), graph)
+    function: Callable[..., Any] = GraphModule(torch.nn.Module(), graph).forward  # without a module's hooks, each step
+    return function
 
 
 Plan = Callable[[Node, dict[Node, Node]], None]

@@ -128,7 +128,9 @@ class Recording:
 
     def _moved(self, inputs: list[Any]) -> set[int]:
         """Which of the watched inputs lie elsewhere than in the last call."""
-        addresses = tuple(inputs[k].data_ptr() for k in self._watched)
+        addresses = tuple([inputs[k].data_ptr() for k in self._watched])
+        if addresses == self._addresses:
+            return set()
         before, self._addresses = self._addresses or addresses, addresses
         self._places.add(addresses)
         return {k for k, old, new in zip(self._watched, before, addresses, strict=True) if old != new}

@@ -73,17 +73,24 @@ def attention(
 
 def latent(
     B: int = 2, H: int = 8, S: int = 1, T: int = 64, packed: bool = False, dtype: torch.dtype = torch.bfloat16,
-    **rest: Any,
+    weights: tuple[int, int] | None = None, **rest: Any,
 ) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    """weights: columns of a head's key and value, for up-projections; None for a query in latent space."""
+
     def make() -> dict[str, Any]:
         given = {name: value() if callable(value) else value for name, value in rest.items()}
         cache = _random(B, T, 576, dtype=dtype, seed=4)
         latents, rope = cache[..., :512], cache[..., 512:]
         if not packed:
             latents, rope = latents.clone(), rope.clone()
-        q, q_rope = (_random(B, S, H, width, dtype=dtype, seed=width).transpose(1, 2) for width in (512, 64))
+        width = weights[0] if weights else 512
+        q, q_rope = (_random(B, S, H, n, dtype=dtype, seed=n).transpose(1, 2) for n in (width, 64))
+        w_uk = w_uv = None
+        if weights:  # halves of one parameter
+            both = _random(H, sum(weights), 512, dtype=dtype, seed=5) * 512**-0.5
+            w_uk, w_uv = both[:, :width], both[:, width:]
         return {
-            "q_nope": q, "q_rope": q_rope, "latent": latents, "k_rope": rope, "w_uk": None, "w_uv": None,
+            "q_nope": q, "q_rope": q_rope, "latent": latents, "k_rope": rope, "w_uk": w_uk, "w_uv": w_uv,
             "scale": 192**-0.5, **given,
         }  # fmt: skip
 
@@ -176,6 +183,16 @@ CASES = [
         ("mla", "flashinfer.mla_fa2", "one token", latent()),
         ("mla", "flashinfer.mla_fa2", "several", latent(S=3, T=37, causal=True, q_shift=34, packed=True)),
         ("mla", "flashinfer.mla_fa2", "front", latent(S=2, T=64, causal=True, q_shift=9, out_dtype=torch.float32)),
+        ("mla", "flashinfer.mla_fa3", "one token", latent(H=64, T=4096)),
+        ("mla", "flashinfer.mla_fa3", "several", latent(B=1, H=32, S=3, T=8192, causal=True, q_shift=8189)),
+        ("mla", "flashinfer.mla_fa3", "front", latent(H=64, T=4099, causal=True, q_shift=9, out_dtype=torch.float32)),
+        ("mla", "flashinfer.mla_fa3_token", "one token", latent(B=1, H=64, T=20480, weights=(128, 96))),
+        (
+            "mla",
+            "flashinfer.mla_fa3_token",
+            "front",
+            latent(B=1, H=64, T=20487, weights=(48, 64), causal=True, q_shift=4000, packed=True),
+        ),
         ("mla", "flashinfer.mla_xqa", "static cache", latent(H=128, packed=True, causal=True, q_offset=_at(13))),
         ("mla", "flashinfer.mla_xqa", "length", latent(H=128, packed=True, kv_len=_at(0, 50), T=80)),
         ("gated_delta_rule", "flashinfer.gdn", "batch", delta_rule()),

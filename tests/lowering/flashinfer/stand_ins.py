@@ -24,9 +24,8 @@ def _attend(
     sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """q ``[S, Hq, D]``, k and v ``[T, Hkv, D]`` in fp64; masks are aligned to the last key (bottom right)."""
-    S, T, group = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = torch.einsum("shd,thd->hst", q, k) * scale
+    S, T, (Hq, Hkv) = q.shape[0], k.shape[0], (q.shape[1], k.shape[1])
+    scores = torch.einsum("shgd,thd->hgst", q.unflatten(1, (Hkv, Hq // Hkv)), k).flatten(0, 1) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     at = torch.arange(S)[:, None] + T - S
@@ -38,9 +37,9 @@ def _attend(
         keep &= t >= at - window_left
     scores = scores.masked_fill(~keep, -math.inf)
     if sinks is not None:
-        column = sinks.double()[:, None, None].expand(-1, S, 1)
-        return torch.einsum("hst,thd->shd", torch.cat([scores, column], -1).softmax(-1)[..., :-1], v)
-    return torch.einsum("hst,thd->shd", scores.softmax(-1), v)
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, S, 1)], -1)
+    weights = scores.softmax(-1)[..., :T].unflatten(0, (Hkv, Hq // Hkv))
+    return torch.einsum("hgst,thd->shgd", weights, v).flatten(1, 2)
 
 
 def _rows(cache: Tensor, pages: Tensor, length: int) -> Tensor:
@@ -120,7 +119,7 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
 
 class BatchMLAPagedAttentionWrapper:
     def __init__(self, float_workspace_buffer: Tensor, backend: str = "auto") -> None:
-        assert backend == "fa2" and float_workspace_buffer.numel() >= 128 << 20
+        assert backend in ("fa2", "fa3") and float_workspace_buffer.numel() >= 128 << 20
 
     def plan(self, qo_indptr: Tensor, kv_indptr: Tensor, kv_indices: Tensor, kv_len_arr: Tensor, **plan: Any) -> None:
         assert all(t.dtype == torch.int32 for t in (qo_indptr, kv_indptr, kv_indices, kv_len_arr))
