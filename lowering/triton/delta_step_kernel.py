@@ -1,8 +1,8 @@
 """One or a few tokens of the gated delta rule against a pool of states, in one launch, in fp32.
 
-With one warp a program, an instruction runs a few times at most: fetching the code takes longer than running it
-(H200: 1,750 instructions without a tile of tokens to 1,070 in loops). Hence loops over tokens, each of whose rows is
-loaded one token ahead and on its own, and no branch before loads that do not depend on it.
+Loops over tokens keep the code short: a program has one or two warps and runs each instruction a few times. A token's
+rows are loaded one token ahead, and each on its own: a tile of several tokens would give the state its own layout and
+cost two conversions of it. No load that can do without the slot waits for it.
 """
 
 from __future__ import annotations
@@ -101,12 +101,17 @@ def step_kernel(
         entry = journal + half * stride_half
         old_key, change, old_decay = _entry(entry, cols, out_cols, channels, stride_jd, K, V)
         for s in tl.range(0, tl.minimum(known, DEPTH).to(tl.int32)):
-            S = _decayed(S, old_decay, PER_CHANNEL) + old_key[:, None] * change[None, :]
             ahead = entry + tl.minimum(s + 1, DEPTH - 1) * stride_jt
-            old_key, change, old_decay = _entry(ahead, cols, out_cols, channels, stride_jd, K, V)
+            next_key, next_change, next_decay = _entry(ahead, cols, out_cols, channels, stride_jd, K, V)
+            S = _decayed(S, old_decay, PER_CHANNEL) + old_key[:, None] * change[None, :]
+            old_key, change, old_decay = next_key, next_change, next_decay
         tl.store(state, S.to(pool.dtype.element_ty))
         entry = journal + (1 - half) * stride_half
     for s in tl.range(0, TOKENS):
+        next_query, next_key, next_value, next_decay, next_strength = _token(
+            q, k, v, g, beta, tl.minimum(s + 1, TOKENS - 1), cols, out_cols, stride_qt, stride_qd, stride_kt,
+            stride_kd, stride_vt, stride_vd, stride_gt, stride_gd, stride_bt, PER_CHANNEL,
+        )  # fmt: skip
         q_squares, k_squares, alike = tl.reduce((query * query, key * key, query * key), 0, _add_triples)
         q_unit = scale
         k_unit = 1.0
@@ -119,19 +124,14 @@ def step_kernel(
         u = strength * (value - k_unit * said)
         S += key[:, None] * (k_unit * u)[None, :]
         o = q_unit * (asked + alike * k_unit * u)
-        unit_key = key * k_unit
-        log_decay = decay
-        query, key, value, decay, strength = _token(
-            q, k, v, g, beta, tl.minimum(s + 1, TOKENS - 1), cols, out_cols, stride_qt, stride_qd, stride_kt,
-            stride_kd, stride_vt, stride_vd, stride_gt, stride_gd, stride_bt, PER_CHANNEL,
-        )  # fmt: skip
         tl.store(out, o.to(out.dtype.element_ty))
         out += stride_ot
         if DEPTH > 0:
             tl.store(entry + (K + out_cols) * stride_jd, u.to(journal.dtype.element_ty))
             if tl.program_id(0) == 0:
-                tl.store(entry + cols * stride_jd, unit_key.to(journal.dtype.element_ty))
-                tl.store(entry + (K + V) * stride_jd + channels, log_decay.to(journal.dtype.element_ty))
+                tl.store(entry + cols * stride_jd, (key * k_unit).to(journal.dtype.element_ty))
+                tl.store(entry + (K + V) * stride_jd + channels, decay.to(journal.dtype.element_ty))
             entry += stride_jt
+        query, key, value, decay, strength = next_query, next_key, next_value, next_decay, next_strength
     if DEPTH == 0:
         tl.store(state, S.to(pool.dtype.element_ty))

@@ -86,6 +86,4 @@ def step_tiles(arch: Arch, K: int, V: int, states: int) -> StepTiles:
     """
     warps = 1 if K <= 128 else 2
     many = states * (V // 16) >= 16 * arch.sm_count
-    if many and arch.wgmma and K <= 128:
-        return StepTiles(32, warps)
-    return StepTiles(16, warps)
+    return StepTiles(32 if many and arch.wgmma else 16, warps)
