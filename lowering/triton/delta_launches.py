@@ -33,7 +33,7 @@ def delta_chunked(arch: Arch) -> Iterator[Launch]:
     for K, V, kda, heads, packed in product(HEAD_DIMS, HEAD_DIMS, (False, True), (8, 32, 128), (False, True)):
         if kda and not keys_fit(arch, K):
             continue
-        tiles = chunk_tiles(arch, K, V, kda, heads, chunks)
+        tiles = chunk_tiles(arch, K, V, kda, heads, chunks, packed)
         count = parts(arch, tiles, K, V, heads, chunks)
         state = None if packed else meta(1, heads, K, V, dtype=FP32)
         bounds = meta(2, dtype=torch.int64) if packed else None

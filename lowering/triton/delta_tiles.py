@@ -41,10 +41,15 @@ class StepTiles:
     num_warps: int
 
 
-def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunks: int) -> ChunkTiles:
-    """Tiles for head dims K and V, so many heads (of all sequences) and chunks a sequence."""
+def chunk_tiles(
+    arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunks: int, packed: bool = False
+) -> ChunkTiles:
+    """Tiles for head dims K and V, so many heads (of all sequences) and chunks a sequence.
+
+    `packed`: sequences lie in one row, and finding a chunk's own takes registers.
+    """
     if per_channel:
-        prepare = Tile(32, 4 if arch.wgmma else 8, 1)
+        prepare = Tile(32, 4, 1) if arch.wgmma else Tile(16 if packed else 32, 8, 1)
     else:
         prepare = Tile(64, 4, 1, 168 if arch.wgmma else None)
     if not arch.wgmma:
