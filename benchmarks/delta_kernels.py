@@ -1,6 +1,6 @@
 """The gated delta rule with Qwen3-Next's dimensions on one GPU: prefill, a decoding step, verifying four drafts.
 
-    python benchmarks/delta_kernels.py [--out benchmarks/results/delta_kernels-h200.json]
+    python benchmarks/delta_kernels.py [--out benchmarks/results/delta_kernels-h200.json] [--rows step KDA ..]
 
 Every time is the median of CUDA graph replays over rotated inputs and states, in a graph on both sides. "fla" is
 flash-linear-attention, if it is installed: its chunked and its recurrent kernel, with the l2 norm and without repeated
@@ -36,6 +36,7 @@ SCALE = K**-0.5
 PREFILL = [(1, 8192, 16, 32), (1, 8192, 2, 8), (4, 2048, 16, 32), (1, 2048, 16, 32), (1, 32768, 2, 8)]
 CHANNELS = 8192  # of Qwen3-Next's convolution: q, k and v of a layer
 DRAFTS = 4
+KINDS = ("step", "GDN", "KDA", "convolution")
 Inputs = tuple[Tensor, ...]
 
 
@@ -113,11 +114,13 @@ def step(B: int, bandwidth: float) -> dict[str, Any]:
     accepted = torch.full((B,), 2, device="cuda")
     ms: dict[str, dict[str, float]] = {"decode": {}, f"verify {DRAFTS}": {}}
     for name, card in (("ours", of_device(0)), ("ours, SM12x tiles", by_name("rtx5090"))):
-        one, many = (step_tiles(card, K, V, B * Hv, drafts) for drafts in (False, True))
-        calls = [partial(run_update, one, *x, pool, slots, SCALE, "rsqrt") for x, pool in zip(sets, pools, strict=True)]
+        tiles = step_tiles(card, K, V, B * Hv)
+        calls = [
+            partial(run_update, tiles, *x, pool, slots, SCALE, "rsqrt") for x, pool in zip(sets, pools, strict=True)
+        ]
         ms["decode"][name] = milliseconds(graph_time(calls))
         calls = [
-            partial(run_verify, many, *x, pool, journal, slots, accepted, turn, SCALE, "rsqrt")
+            partial(run_verify, tiles, *x, pool, journal, slots, accepted, turn, SCALE, "rsqrt")
             for x, pool, journal in zip(drafts, pools, journals, strict=True)
         ]
         ms[f"verify {DRAFTS}"][name] = milliseconds(graph_time(calls))
@@ -160,6 +163,9 @@ def convolution(bandwidth: float) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--rows", nargs="+", choices=KINDS, default=KINDS, help="measure these, keep the others in --out"
+    )
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
@@ -168,16 +174,21 @@ def main() -> None:
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "copy_TB_per_s": round(bandwidth / 1e12, 3), "rows": [],
     }  # fmt: skip
-    work: list[Callable[[], dict[str, Any]]] = [
-        *(partial(step, B, bandwidth) for B in (1, 32)),
-        *(partial(prefill, *shape, bandwidth) for shape in PREFILL),
-        partial(prefill, 1, 8192, 32, 32, bandwidth, per_channel=True),
-        partial(convolution, bandwidth),
+    work: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        *(("step", partial(step, B, bandwidth)) for B in (1, 32)),
+        *(("GDN", partial(prefill, *shape, bandwidth)) for shape in PREFILL),
+        ("KDA", partial(prefill, 1, 8192, 32, 32, bandwidth, per_channel=True)),
+        ("convolution", partial(convolution, bandwidth)),
     ]
-    for measure in work:
-        row = measure()
-        report["rows"].append(row)
-        print(json.dumps(row), flush=True)
+    measured: dict[int, dict[str, Any]] = {}
+    if options.out and options.out.exists():
+        measured = dict(enumerate(json.loads(options.out.read_text())["rows"]))
+    for place, (kind, measure) in enumerate(work):
+        if kind not in options.rows:
+            continue
+        measured[place] = measure()
+        print(json.dumps(measured[place]), flush=True)
+        report["rows"] = [measured[k] for k in sorted(measured)]
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(report, indent=1) + "\n")

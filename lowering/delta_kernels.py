@@ -18,6 +18,7 @@ from sm12x_compile.registry import Call, accepts_unless, register_kernel
 
 from .triton import causal_conv1d, delta_chunked, delta_update
 from .triton.arguments import DTYPES, dtype_name, gpu_refusal
+from .triton.delta_tiles import keys_fit
 
 HEAD_DIMS = (64, 128, 256)
 MAX_TOKENS = 16  # of a step: its kernels unroll them
@@ -65,8 +66,11 @@ def chunked_refusal(call: Call, arch: Arch) -> str | None:
         return missing
     if call.v.dtype not in (torch.float16, torch.bfloat16):
         return f"multiplies in v's dtype, which must be fp16 or bf16, not {dtype_name(call.v.dtype)}"
-    if call.g.ndim == 4 and call.k.shape[3] == 256:
-        return "a decay per channel takes three tiles of keys and queries, which for 256 channels are too large"
+    if call.g.ndim == 4 and not keys_fit(arch, call.k.shape[3]):
+        return (
+            "a decay per channel takes three tiles of keys and queries, and two chunks of them with 256 channels do "
+            "not fit in Hopper's 227 KiB"
+        )
     return (
         _heads(call)
         or _dtypes(call, "q", "k", "g", "beta", "initial_state", "out_dtype")

@@ -41,7 +41,7 @@ def gated_delta_rule_chunked(
     K = k.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = -(-B * T // (CHUNK * max(1, N)))
-    tiles = chunk_tiles(arch, K, V, g.ndim == 4, N * Hv, chunks)
+    tiles = chunk_tiles(arch, K, V, g.ndim == 4, N * Hv, chunks, cu_seqlens is not None)
     count = parts(arch, tiles, K, V, N * Hv, chunks)
     return run_chunked(
         tiles, count, q, k, v, g, beta, scale, initial_state, qk_l2norm, eps, cu_seqlens, out_dtype

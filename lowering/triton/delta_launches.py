@@ -27,13 +27,13 @@ def operands(K: int, V: int, kda: bool, T: int, Hk: int, Hv: int) -> Operands:
 def delta_chunked(arch: Arch) -> Iterator[Launch]:
     """Prompts: a decay per head or per channel, few and many heads, with a state or packed sequences."""
     from .delta_chunked import chunked_launches, kernel_of
-    from .delta_tiles import CHUNK, chunk_tiles, parts
+    from .delta_tiles import CHUNK, chunk_tiles, keys_fit, parts
 
     chunks = 4096 // CHUNK
     for K, V, kda, heads, packed in product(HEAD_DIMS, HEAD_DIMS, (False, True), (8, 32, 128), (False, True)):
-        if kda and K > 128:
-            continue  # declined
-        tiles = chunk_tiles(arch, K, V, kda, heads, chunks)
+        if kda and not keys_fit(arch, K):
+            continue
+        tiles = chunk_tiles(arch, K, V, kda, heads, chunks, packed)
         count = parts(arch, tiles, K, V, heads, chunks)
         state = None if packed else meta(1, heads, K, V, dtype=FP32)
         bounds = meta(2, dtype=torch.int64) if packed else None
@@ -48,7 +48,7 @@ def delta_chunked(arch: Arch) -> Iterator[Launch]:
 @space("delta_step")
 def delta_step(arch: Arch) -> Iterator[Launch]:
     """One token, and four drafts to verify, against few and many states."""
-    from .delta_step_kernel import update_kernel, verify_kernel
+    from .delta_step_kernel import step_kernel
     from .delta_tiles import step_tiles
     from .delta_update import update_launch, verify_launch
 
@@ -56,13 +56,13 @@ def delta_step(arch: Arch) -> Iterator[Launch]:
     for K, V, kda, states in product(HEAD_DIMS, HEAD_DIMS, (False, True), (1, 1 << 16)):
         pool = meta(9, 32, K, V, dtype=FP32)
         journal = meta(9, 2, 4, 32, K + V + (K if kda else 1), dtype=FP32)
-        one, many = (step_tiles(arch, K, V, states, drafts) for drafts in (False, True))
-        update = update_launch(one, *operands(K, V, kda, 1, 16, 32), pool, slots, 0.1, "rsqrt")[1]
+        tiles = step_tiles(arch, K, V, states)
+        update = update_launch(tiles, *operands(K, V, kda, 1, 16, 32), pool, slots, 0.1, "rsqrt")[1]
         drafts = operands(K, V, kda, 4, 16, 32)
-        verify = verify_launch(many, *drafts, pool, journal, slots, slots, slots, 0.1, "rsqrt")[1]
+        verify = verify_launch(tiles, *drafts, pool, journal, slots, slots, slots, 0.1, "rsqrt")[1]
         case = f"{K}x{V}, {'KDA' if kda else 'GDN'}, {states} states"
-        yield Launch(case, update_kernel, update, one.num_warps, 3, matrix=False)
-        yield Launch(case, verify_kernel, verify, many.num_warps, 3, matrix=False)
+        for arguments in (update, verify):
+            yield Launch(case, step_kernel, arguments, tiles.num_warps, 3, matrix=False)
 
 
 @space("causal_conv1d")

@@ -1,13 +1,16 @@
-"""One or a few tokens of the gated delta rule against a pool of states, in one launch, in fp32."""
+"""One or a few tokens of the gated delta rule against a pool of states, in one launch, in fp32.
+
+Loops over tokens keep the code short: a program has one or two warps and runs each instruction a few times. A token's
+rows are loaded one token ahead, and each on its own: a tile of several tokens would give the state its own layout and
+cost two conversions of it. No load that can do without the slot waits for it.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .delta_parts import unit_scale
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+from .delta_parts import LOG2E
 
 
 @triton.jit
@@ -16,143 +19,119 @@ def _add_pairs(a, b, c, d):
 
 
 @triton.jit
-def _rows(base, rows, cols, stride_t, stride_d, TOKENS: tl.constexpr):
-    """``[tokens, columns]`` fp32; zero behind the last token."""
-    pointers = base + rows[:, None] * stride_t + cols[None, :] * stride_d
-    return tl.load(pointers, mask=(rows < TOKENS)[:, None], other=0.0).to(tl.float32)
+def _add_triples(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
-def _unit_rows(base, rows, cols, stride_t, stride_d, eps, TOKENS: tl.constexpr, NORM: tl.constexpr):
-    x = _rows(base, rows, cols, stride_t, stride_d, TOKENS)
-    return x * unit_scale(tl.sum(x * x, 1), eps, NORM)[:, None]
+def _decayed(S, g, PER_CHANNEL: tl.constexpr):
+    share = tl.exp2(g * LOG2E)
+    return S * share[:, None] if PER_CHANNEL else S * share
 
 
 @triton.jit
-def _row(x, rows, s):
-    """Row s of a small tile in registers."""
-    return tl.sum(tl.where(rows[:, None] == s, x, 0.0), 0)
-
-
-@triton.jit
-def _decays(base, rows, cols, stride_t, stride_d, TOKENS: tl.constexpr, PER_CHANNEL: tl.constexpr):
-    """Natural logarithms of the decays, ``[tokens, K]``."""
-    return _rows(base, rows, cols if PER_CHANNEL else cols * 0, stride_t, stride_d, TOKENS)
-
-
-@triton.jit
-def _token(S, q, k, v, decay, beta):
-    """The state behind a token, its u and its o. Both products read the state before k is written."""
-    S = S * tl.exp2(decay * LOG2E)[:, None]
-    said, asked = tl.reduce((S * k[:, None], S * q[:, None]), 0, _add_pairs)
-    u = beta * (v - said)
-    return S + k[:, None] * u[None, :], u, asked + tl.sum(k * q, 0) * u
-
-
-@triton.jit
-def update_kernel(
-    q, k, v, g, beta, pool, slots, out,
-    stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
-    stride_vb, stride_vt, stride_vh, stride_vd, stride_gb, stride_gt, stride_gh, stride_gd,
-    stride_bb, stride_bt, stride_bh, stride_pp, stride_ph, stride_pk, stride_pv, stride_slot,
-    stride_ob, stride_ot, stride_oh, scale, eps,
-    TOKENS: tl.constexpr, TOKENS_PAD: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BLOCK_V: tl.constexpr, NORM: tl.constexpr, PER_CHANNEL: tl.constexpr,
+def _token(
+    q, k, v, g, beta, s, cols, out_cols, stride_qt, stride_qd, stride_kt, stride_kd, stride_vt, stride_vd, stride_gt,
+    stride_gd, stride_bt, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BLOCK_V, value heads, B): `sm12x::gated_delta_rule_update`."""
-    b = tl.program_id(2).to(tl.int64)
-    h = tl.program_id(1)
-    cols = tl.arange(0, K)
-    out_cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    slot = tl.load(slots + b * stride_slot).to(tl.int64)
-    out += b * stride_ob + h * stride_oh + out_cols
-    if slot < 0:
-        for s in tl.static_range(0, TOKENS):
-            tl.store(out + s * stride_ot, tl.zeros((BLOCK_V,), out.dtype.element_ty))
-        return
-    state = pool + slot * stride_pp + h * stride_ph + cols[:, None] * stride_pk + out_cols[None, :] * stride_pv
-    S = tl.load(state).to(tl.float32)
-    # All tokens at once: a load waits for every store before it.
-    rows = tl.arange(0, TOKENS_PAD)
-    all_q = _unit_rows(
-        q + b * stride_qb + (h // GROUP) * stride_qh, rows, cols, stride_qt, stride_qd, eps, TOKENS, NORM
-    )  # fmt: skip
-    all_k = _unit_rows(
-        k + b * stride_kb + (h // GROUP) * stride_kh, rows, cols, stride_kt, stride_kd, eps, TOKENS, NORM
-    )  # fmt: skip
-    all_v = _rows(v + b * stride_vb + h * stride_vh, rows, out_cols, stride_vt, stride_vd, TOKENS)
-    all_g = _decays(g + b * stride_gb + h * stride_gh, rows, cols, stride_gt, stride_gd, TOKENS, PER_CHANNEL)
-    all_beta = _rows(beta + b * stride_bb + h * stride_bh, rows, out_cols * 0, stride_bt, 0, TOKENS)
-    for s in tl.static_range(0, TOKENS):
-        S, _, o = _token(
-            S, _row(all_q, rows, s) * scale, _row(all_k, rows, s), _row(all_v, rows, s), _row(all_g, rows, s),
-            _row(all_beta, rows, s),
-        )  # fmt: skip
-        tl.store(out + s * stride_ot, o.to(out.dtype.element_ty))
-    tl.store(state, S.to(pool.dtype.element_ty))
+    """q, k, v, the decay's logarithm and beta of token s."""
+    return (
+        tl.load(q + s * stride_qt + cols * stride_qd).to(tl.float32),
+        tl.load(k + s * stride_kt + cols * stride_kd).to(tl.float32),
+        tl.load(v + s * stride_vt + out_cols * stride_vd).to(tl.float32),
+        tl.load(g + s * stride_gt + (cols * stride_gd if PER_CHANNEL else 0)).to(tl.float32),
+        tl.load(beta + s * stride_bt).to(tl.float32),
+    )
 
 
 @triton.jit
-def verify_kernel(
+def _entry(entry, cols, out_cols, channels, stride_jd, K: tl.constexpr, V: tl.constexpr):
+    """What a draft wrote, from the journal: its k, its u and its decay's logarithm."""
+    return (
+        tl.load(entry + cols * stride_jd).to(tl.float32),
+        tl.load(entry + (K + out_cols) * stride_jd).to(tl.float32),
+        tl.load(entry + (K + V) * stride_jd + channels).to(tl.float32),
+    )
+
+
+@triton.jit
+def step_kernel(
     q, k, v, g, beta, pool, journal, slots, accepted, turn, out,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_gb, stride_gt, stride_gh, stride_gd,
-    stride_bb, stride_bt, stride_bh, stride_pp, stride_ph, stride_pk, stride_pv,
+    stride_bb, stride_bt, stride_bh, stride_pp, stride_ph, stride_pk: tl.constexpr, stride_pv: tl.constexpr,
     stride_jp, stride_half, stride_jt, stride_jh, stride_jd, stride_slot, stride_acc, stride_turn,
     stride_ob, stride_ot, stride_oh, scale, eps,
-    TOKENS: tl.constexpr, TOKENS_PAD: tl.constexpr, DEPTH: tl.constexpr, DEPTH_PAD: tl.constexpr,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, NORM: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
+    TOKENS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BLOCK_V: tl.constexpr, NORM: tl.constexpr, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (V / BLOCK_V, value heads, B): `sm12x::gated_delta_rule_verify`."""
+    """Grid (V / BLOCK_V, value heads, B).
+
+    DEPTH 0: `sm12x::gated_delta_rule_update`; else `sm12x::gated_delta_rule_verify` with so many entries in each half
+    of the journal.
+    """
     b = tl.program_id(2).to(tl.int64)
     h = tl.program_id(1)
     cols = tl.arange(0, K)
     out_cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     slot = tl.load(slots + b * stride_slot).to(tl.int64)
+    if DEPTH > 0:
+        known = tl.load(accepted + b * stride_acc)
+        half = tl.load(turn + b * stride_turn).to(tl.int64)
+    q += b * stride_qb + (h // GROUP) * stride_qh
+    k += b * stride_kb + (h // GROUP) * stride_kh
+    v += b * stride_vb + h * stride_vh
+    g += b * stride_gb + h * stride_gh
+    beta += b * stride_bb + h * stride_bh
     out += b * stride_ob + h * stride_oh + out_cols
+    query, key, value, decay, strength = _token(
+        q, k, v, g, beta, 0, cols, out_cols, stride_qt, stride_qd, stride_kt, stride_kd, stride_vt, stride_vd,
+        stride_gt, stride_gd, stride_bt, PER_CHANNEL,
+    )  # fmt: skip
     if slot < 0:
-        for s in tl.static_range(0, TOKENS):
-            tl.store(out + s * stride_ot, tl.zeros((BLOCK_V,), out.dtype.element_ty))
+        for _ in tl.range(0, TOKENS):
+            tl.store(out, tl.zeros((BLOCK_V,), out.dtype.element_ty))
+            out += stride_ot
         return
     state = pool + slot * stride_pp + h * stride_ph + cols[:, None] * stride_pk + out_cols[None, :] * stride_pv
     S = tl.load(state).to(tl.float32)
-    known = tl.load(accepted + b * stride_acc)
-    half = tl.load(turn + b * stride_turn).to(tl.int64)
-    # All tokens at once: a load waits for every store before it.
-    rows = tl.arange(0, TOKENS_PAD)
-    all_q = _unit_rows(
-        q + b * stride_qb + (h // GROUP) * stride_qh, rows, cols, stride_qt, stride_qd, eps, TOKENS, NORM
-    )  # fmt: skip
-    all_k = _unit_rows(
-        k + b * stride_kb + (h // GROUP) * stride_kh, rows, cols, stride_kt, stride_kd, eps, TOKENS, NORM
-    )  # fmt: skip
-    all_v = _rows(v + b * stride_vb + h * stride_vh, rows, out_cols, stride_vt, stride_vd, TOKENS)
-    all_g = _decays(g + b * stride_gb + h * stride_gh, rows, cols, stride_gt, stride_gd, TOKENS, PER_CHANNEL)
-    all_beta = _rows(beta + b * stride_bb + h * stride_bh, rows, out_cols * 0, stride_bt, 0, TOKENS)
-    journal += slot * stride_jp + h * stride_jh
-    entries = tl.arange(0, DEPTH_PAD)
-    last = journal + half * stride_half
-    last_k = _rows(last, entries, cols, stride_jt, stride_jd, DEPTH)
-    last_u = _rows(last + K * stride_jd, entries, out_cols, stride_jt, stride_jd, DEPTH)
-    last_g = _decays(last + (K + V) * stride_jd, entries, cols, stride_jt, stride_jd, DEPTH, PER_CHANNEL)
-    # Loops, not copies: code that runs once takes longer to fetch than to run.
-    for s in tl.range(0, tl.minimum(known, DEPTH).to(tl.int32)):
-        S = S * tl.exp2(_row(last_g, entries, s) * LOG2E)[:, None]
-        S += _row(last_k, entries, s)[:, None] * _row(last_u, entries, s)[None, :]
-    tl.store(state, S.to(pool.dtype.element_ty))
-
-    new = journal + (1 - half) * stride_half
-    if tl.program_id(0) == 0:
-        inside = (rows < TOKENS)[:, None]
-        entry = new + rows[:, None] * stride_jt + cols[None, :] * stride_jd
-        tl.store(entry, all_k.to(journal.dtype.element_ty), mask=inside)
-        channels = cols < (K if PER_CHANNEL else 1)
-        tl.store(entry + (K + V) * stride_jd, all_g.to(journal.dtype.element_ty), mask=inside & channels[None, :])
+    if DEPTH > 0:
+        channels = cols * stride_jd if PER_CHANNEL else 0
+        journal += slot * stride_jp + h * stride_jh
+        entry = journal + half * stride_half
+        old_key, change, old_decay = _entry(entry, cols, out_cols, channels, stride_jd, K, V)
+        for s in tl.range(0, tl.minimum(known, DEPTH).to(tl.int32)):
+            ahead = entry + tl.minimum(s + 1, DEPTH - 1) * stride_jt
+            next_key, next_change, next_decay = _entry(ahead, cols, out_cols, channels, stride_jd, K, V)
+            S = _decayed(S, old_decay, PER_CHANNEL) + old_key[:, None] * change[None, :]
+            old_key, change, old_decay = next_key, next_change, next_decay
+        tl.store(state, S.to(pool.dtype.element_ty))
+        entry = journal + (1 - half) * stride_half
     for s in tl.range(0, TOKENS):
-        S, u, o = _token(
-            S, _row(all_q, rows, s) * scale, _row(all_k, rows, s), _row(all_v, rows, s), _row(all_g, rows, s),
-            _row(all_beta, rows, s),
+        next_query, next_key, next_value, next_decay, next_strength = _token(
+            q, k, v, g, beta, tl.minimum(s + 1, TOKENS - 1), cols, out_cols, stride_qt, stride_qd, stride_kt,
+            stride_kd, stride_vt, stride_vd, stride_gt, stride_gd, stride_bt, PER_CHANNEL,
         )  # fmt: skip
-        tl.store(out + s * stride_ot, o.to(out.dtype.element_ty))
-        tl.store(new + s * stride_jt + (K + out_cols) * stride_jd, u.to(journal.dtype.element_ty))
+        q_squares, k_squares, alike = tl.reduce((query * query, key * key, query * key), 0, _add_triples)
+        q_unit = scale
+        k_unit = 1.0
+        if NORM:
+            q_unit = tl.rsqrt(q_squares + eps) * scale
+            k_unit = tl.rsqrt(k_squares + eps)
+        # Both products read the state before k is written.
+        S = _decayed(S, decay, PER_CHANNEL)
+        said, asked = tl.reduce((S * key[:, None], S * query[:, None]), 0, _add_pairs)
+        u = strength * (value - k_unit * said)
+        S += key[:, None] * (k_unit * u)[None, :]
+        o = q_unit * (asked + alike * k_unit * u)
+        tl.store(out, o.to(out.dtype.element_ty))
+        out += stride_ot
+        if DEPTH > 0:
+            tl.store(entry + (K + out_cols) * stride_jd, u.to(journal.dtype.element_ty))
+            if tl.program_id(0) == 0:
+                tl.store(entry + cols * stride_jd, (key * k_unit).to(journal.dtype.element_ty))
+                tl.store(entry + (K + V) * stride_jd + channels, decay.to(journal.dtype.element_ty))
+            entry += stride_jt
+        query, key, value, decay, strength = next_query, next_key, next_value, next_decay, next_strength
+    if DEPTH == 0:
+        tl.store(state, S.to(pool.dtype.element_ty))

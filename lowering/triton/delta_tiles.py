@@ -35,20 +35,25 @@ class ChunkTiles:
 
 @dataclass(frozen=True)
 class StepTiles:
-    """Columns of V that a program of the step kernels takes, and its warps."""
+    """Columns of V that a program of the step kernel takes, and its warps."""
 
     width: int
     num_warps: int
 
 
-def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunks: int) -> ChunkTiles:
-    """Tiles for head dims K and V, so many heads (of all sequences) and chunks a sequence."""
+def chunk_tiles(
+    arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunks: int, packed: bool = False
+) -> ChunkTiles:
+    """Tiles for head dims K and V, so many heads (of all sequences) and chunks a sequence.
+
+    `packed`: sequences lie in one row, and finding a chunk's own takes registers.
+    """
     if per_channel:
-        prepare = Tile(32, 4 if arch.wgmma else 8, 1)
+        prepare = Tile(32, 4, 1) if arch.wgmma else Tile(16 if packed else 32, 8, 1)
     else:
         prepare = Tile(64, 4, 1, 168 if arch.wgmma else None)
     if not arch.wgmma:
-        state = Tile(32, 4, 2) if K <= 128 else Tile(16, 8, 2)
+        state = Tile(32, 4, 2) if K <= 128 else Tile(16, 8, 1 if per_channel else 2)
         return ChunkTiles(prepare, state, transition=Tile(32, 4, 2))
     # Never one stage here: with unpipelined loads, wgmma reads shared memory that is not its own (Triton 3.6 and 3.7,
     # triton-lang/triton#11366; seen on an H200 as wrong results and illegal accesses).
@@ -57,6 +62,14 @@ def chunk_tiles(arch: Arch, K: int, V: int, per_channel: bool, heads: int, chunk
     if _in_parts(arch, K, V, heads, chunks) or (K <= 128 and 4 * heads * (V // 64) >= 3 * arch.sm_count):
         state = Tile(64, 4, 2 if per_channel else 3)
     return ChunkTiles(prepare, state, transition=Tile(64, 4, 3))
+
+
+def keys_fit(arch: Arch, K: int) -> bool:
+    """Whether two chunks' tiles of a decay per channel fit: k to read, k to write and q, each ``[64, K]``.
+
+    Other cards do with one chunk's; on Hopper see above.
+    """
+    return not arch.wgmma or K <= 128
 
 
 def _in_parts(arch: Arch, K: int, V: int, heads: int, chunks: int) -> bool:
@@ -71,14 +84,11 @@ def parts(arch: Arch, tiles: ChunkTiles, K: int, V: int, heads: int, chunks: int
     return max(1, min(chunks // 8, arch.sm_count // (heads * (V // tiles.state.width))))
 
 
-def step_tiles(arch: Arch, K: int, V: int, states: int, drafts: bool = False) -> StepTiles:
-    """Tiles of the step kernels for so many states. Few warps a program: sums over K then need no barrier.
+def step_tiles(arch: Arch, K: int, V: int, states: int) -> StepTiles:
+    """Tiles of the step kernel for so many states. Few warps a program: sums over K then need no barrier.
 
-    Few states are spread over more programs, many are read in longer rows. `drafts`: of the verifying kernel, which
-    keeps all tokens and their journal in registers as well.
+    Few states are spread over more programs, many are read in longer rows.
     """
     warps = 1 if K <= 128 else 2
     many = states * (V // 16) >= 16 * arch.sm_count
-    if many and arch.wgmma and K <= 128:
-        return StepTiles(32, warps)
-    return StepTiles(8 if drafts and K > 128 else 16, warps)
+    return StepTiles(32 if many and arch.wgmma else 16, warps)

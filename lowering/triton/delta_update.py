@@ -14,6 +14,7 @@ _QKV = (
     "stride_qb", "stride_qt", "stride_qh", "stride_qd", "stride_kb", "stride_kt", "stride_kh", "stride_kd",
     "stride_vb", "stride_vt", "stride_vh", "stride_vd",
 )  # fmt: skip
+_JOURNAL = ("stride_jp", "stride_half", "stride_jt", "stride_jh", "stride_jd")
 
 
 def gated_delta_rule_update(
@@ -37,12 +38,15 @@ def gated_delta_rule_update(
 
 def run_update(tiles: StepTiles, *args: Any, **kwargs: Any) -> Tensor:
     """`gated_delta_rule_update` with the tiles given."""
-    from .delta_step_kernel import update_kernel
+    return _run(tiles, *update_launch(tiles, *args, **kwargs))
 
-    out, arguments, grid = update_launch(tiles, *args, **kwargs)
+
+def _run(tiles: StepTiles, out: Tensor, arguments: dict[str, Any], grid: tuple[int, int, int]) -> Tensor:
+    from .delta_step_kernel import step_kernel
+
     with device_guard(out):
         if out.numel():
-            update_kernel[grid](**arguments, num_warps=tiles.num_warps)
+            step_kernel[grid](**arguments, num_warps=tiles.num_warps)
     return out
 
 
@@ -71,7 +75,7 @@ def gated_delta_rule_verify(
         ValueError: the shapes do not fit.
     """
     B, _, Hv, V = v.shape
-    tiles = step_tiles(card_of(q), k.shape[3], V, B * Hv, drafts=True)
+    tiles = step_tiles(card_of(q), k.shape[3], V, B * Hv)
     return run_verify(
         tiles, q, k, v, g, beta, state_pool, journal, slots, accepted, turn, scale, qk_l2norm, eps, out_dtype
     )  # fmt: skip
@@ -79,13 +83,7 @@ def gated_delta_rule_verify(
 
 def run_verify(tiles: StepTiles, *args: Any, **kwargs: Any) -> Tensor:
     """`gated_delta_rule_verify` with the tiles given."""
-    from .delta_step_kernel import verify_kernel
-
-    out, arguments, grid = verify_launch(tiles, *args, **kwargs)
-    with device_guard(out):
-        if out.numel():
-            verify_kernel[grid](**arguments, num_warps=tiles.num_warps)
-    return out
+    return _run(tiles, *verify_launch(tiles, *args, **kwargs))
 
 
 def verify_launch(
@@ -104,13 +102,9 @@ def verify_launch(
             f"fit v {tuple(v.shape)}"
         )
     a |= dict(journal=journal, accepted=accepted, stride_acc=accepted.stride(0), turn=turn, stride_turn=turn.stride(0))
-    a |= zip(("stride_jp", "stride_half", "stride_jt", "stride_jh", "stride_jd"), journal.stride(), strict=True)
-    a |= dict(DEPTH=journal.shape[2], DEPTH_PAD=_padded(journal.shape[2]), BLOCK_V=tiles.width)
+    a |= zip(_JOURNAL, journal.stride(), strict=True)
+    a |= dict(DEPTH=journal.shape[2], BLOCK_V=tiles.width)
     return out, a, (V // tiles.width, Hv, B)
-
-
-def _padded(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def _operands(
@@ -129,9 +123,9 @@ def _operands(
     out = v.new_empty(v.shape, dtype=out_dtype or v.dtype)
     a: dict[str, Any] = dict(
         q=q, k=k, v=v, g=g, beta=beta, pool=pool, slots=slots, out=out, stride_slot=slots.stride(0),
-        scale=float(scale), eps=float(eps), TOKENS=S, TOKENS_PAD=_padded(S), GROUP=Hv // Hk, K=K, V=V,
-        NORM=qk_l2norm != "none",
-        PER_CHANNEL=g.ndim == 4, stride_gd=g.stride(3) if g.ndim == 4 else 0,
+        scale=float(scale), eps=float(eps), TOKENS=S, GROUP=Hv // Hk, K=K, V=V,
+        NORM=qk_l2norm != "none", PER_CHANNEL=g.ndim == 4, stride_gd=g.stride(3) if g.ndim == 4 else 0,
+        DEPTH=0, journal=None, accepted=None, turn=None, stride_acc=0, stride_turn=0, **dict.fromkeys(_JOURNAL, 0),
     )  # fmt: skip
     a |= zip(_QKV, (*q.stride(), *k.stride(), *v.stride()), strict=True)
     a |= zip(("stride_gb", "stride_gt", "stride_gh"), g.stride(), strict=False)
