@@ -33,7 +33,7 @@ def expert_kernel(
     SOURCE: tl.constexpr, TOPK: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, JOINED: tl.constexpr, SWAP: tl.constexpr, IEEE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, TO_PLANES: tl.constexpr, PDL: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WHOLE: tl.constexpr, TO_PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * tiles_n,); column blocks of a tile run side by side.
 
@@ -91,7 +91,7 @@ def expert_kernel(
             first = first >> 2
         acc, acc_up = packed_product(
             x_at, live, w, scale + first, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, left, K // 4,
-            GATED, SWAP, IEEE, STAGES, BLOCK_M, BLOCK_N, BLOCK_K // 4, EVEN_N, EVEN_K,
+            GATED, SWAP, IEEE, STAGES, BLOCK_M, BLOCK_N, BLOCK_K // 4, EVEN_N, EVEN_K, WHOLE,
         )  # fmt: skip
     else:
         column = tl.arange(0, BLOCK_K)

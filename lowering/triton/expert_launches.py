@@ -64,13 +64,15 @@ def moe_packed(arch: Arch) -> Iterator[Launch]:
         few, ids, p = pair_tiles(), meta(2, 8, dtype=torch.int64), meta(2, 8, dtype=FP32)
         activation = dict(activation=form.get("activation", 1), alpha=1.7, limit=7.0) if gated else {}
         arguments, _ = pair_launch(
-            few, meta(2, K, dtype=dtype), meta(16, N, dtype=dtype), weight, ids, pdl=arch.pdl, **activation
+            few, meta(2, K, dtype=dtype), meta(16, N, dtype=FP32), weight, ids, planes=True, pdl=arch.pdl, **activation
         )
-        yield Launch(f"{_case(name, dtype, gated)}, pairs", pair_kernel, arguments, 4, 2, matrix=False)
+        yield Launch(f"{_case(name, dtype, gated)}, pairs", pair_kernel, arguments, 4, 1, matrix=False)
         if not gated:
-            arguments, _ = sum_launch(few, meta(16, K, dtype=dtype), meta(2, N, dtype=dtype), weight, ids, p, arch.pdl
+            arguments, _ = sum_launch(
+                pair_tiles(summed=True), meta(16, K, dtype=FP32), meta(2, N, dtype=dtype), weight, ids, p,
+                wide=dtype == FP32, pdl=arch.pdl,
             )  # fmt: skip
-            yield Launch(f"{_case(name, dtype, gated)}, sum of pairs", pair_sum_kernel, arguments, 4, 2, matrix=False)
+            yield Launch(f"{_case(name, dtype, gated)}, sum of pairs", pair_sum_kernel, arguments, 8, 1, matrix=False)
             arguments = planes_arguments(meta(2048, K, dtype=dtype), meta(2048, K, dtype=dtype))
             yield Launch(
                 f"{name}, {str(dtype).removeprefix('torch.')}, planes", planes_kernel, arguments, 4, 2, matrix=False

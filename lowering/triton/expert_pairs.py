@@ -18,10 +18,10 @@ def run_pairs(
     """Both products and the sum. first, second: weights as `weight_operands` gives them; weights None: all are 1."""
     from .pair_kernel import pair_sum_kernel
 
-    h = x.new_empty((ids.numel(), first["N"]))
+    h = x.new_empty((ids.numel(), first["N"]), dtype=torch.float32)
     with device_guard(x):
-        start_pairs(gate_up, x, h, first, ids, pdl=pdl, **between)
-        a, grid = sum_launch(down, h, out, second, ids, weights, pdl)
+        start_pairs(gate_up, x, h, first, ids, planes=True, pdl=pdl, **between)
+        a, grid = sum_launch(down, h, out, second, ids, weights, wide=x.dtype == torch.float32, pdl=pdl)
         pair_sum_kernel[grid](**a, num_warps=down.num_warps, num_stages=down.num_stages, launch_pdl=pdl)
     return out
 
@@ -40,7 +40,7 @@ def start_pairs(
 def pair_launch(
     tiles: PairTiles, x: Tensor, out: Tensor, weight: dict[str, Any], ids: Tensor | None = None, *,
     row_weights: Tensor | None = None, activation: int = 0, alpha: float = 0.0, limit: float | None = None,
-    pdl: bool = False,
+    planes: bool = False, pdl: bool = False,
 ) -> tuple[dict[str, Any], tuple[int]]:  # fmt: skip
     """The kernel's arguments by name, and its grid. x: ``[T, K]``; ids: ``[T, top_k]``, or None for the only expert."""
     tiles_n = -(-weight["N"] // tiles.block_n)
@@ -50,32 +50,36 @@ def pair_launch(
     a["stride_it"], a["stride_ij"] = (None, None) if ids is None else ids.stride()
     a["stride_rt"], a["stride_rj"] = (None, None) if row_weights is None else row_weights.stride()
     a |= dict(alpha=float(alpha), limit=None if limit is None else float(limit), ACTIVATION=activation, PDL=pdl)
-    a |= dict(TOPK=1 if ids is None else ids.shape[1], WIDE=x.dtype == torch.float32)
-    return a | _blocks(tiles, weight["K"] // 4), (out.shape[0] * tiles_n,)
+    a |= dict(TOPK=1 if ids is None else ids.shape[1], WIDE=x.dtype == torch.float32, PLANES=planes)
+    a |= _blocks(tiles, weight["K"] // 4)
+    a["STEPS"] = -(-weight["K"] // (4 * a["BLOCK_Q"]))
+    return a, (out.shape[0] * tiles_n,)
 
 
 def sum_launch(
-    tiles: PairTiles, h: Tensor, out: Tensor, weight: dict[str, Any], ids: Tensor, weights: Tensor | None, pdl: bool
+    tiles: PairTiles, h: Tensor, out: Tensor, weight: dict[str, Any], ids: Tensor, weights: Tensor | None, *,
+    wide: bool, pdl: bool,
 ) -> tuple[dict[str, Any], tuple[int]]:
-    """The arguments of `pair_sum_kernel` by name, and its grid."""
-    tiles_n, words = -(-weight["N"] // tiles.block_n), weight["K"] // 4
-    a = _weight(weight) | dict(h=in_words(h), out=out, ids=ids, weights=weights, tiles_n=tiles_n)
-    a["stride_hm"] = a["h"].stride(0)
+    """The arguments of `pair_sum_kernel` by name, and its grid. h: fp32, in planes."""
+    tiles_n = -(-weight["N"] // tiles.block_n)
+    a = _weight(weight) | dict(h=h, out=out, ids=ids, weights=weights, tiles_n=tiles_n)
     a["stride_it"], a["stride_ij"] = ids.stride()
     a["stride_rt"], a["stride_rj"] = (None, None) if weights is None else weights.stride()
-    a |= dict(TOPK=ids.shape[1], WEIGHTED=weights is not None, WIDE=h.dtype == torch.float32, PDL=pdl)
-    return a | _blocks(tiles, words), (out.shape[0] * tiles_n,)
+    top_k = ids.shape[1]
+    a |= dict(TOPK=top_k, CHOICES=1 << (top_k - 1).bit_length(), WEIGHTED=weights is not None, WIDE=wide, PDL=pdl)
+    return a | _blocks(tiles, weight["K"] // 4), (out.shape[0] * tiles_n,)
 
 
 def _weight(weight: dict[str, Any]) -> dict[str, Any]:
     """What both kernels take of a weight."""
     names = ("w", "scale", "bias", "stride_we", "stride_wn", "stride_se", "stride_sn", "stride_be", "stride_bn")
-    return {name: weight[name] for name in (*names, "N", "E")} | {"Q": weight["K"] // 4}
+    a = {name: weight[name] for name in (*names, "N", "E")} | {"Q": weight["K"] // 4}
+    return a | {"scale": a["scale"].view(torch.uint8)}
 
 
 def _blocks(tiles: PairTiles, words: int) -> dict[str, Any]:
     size = tiles.block_q(words)
-    return dict(BLOCK_N=tiles.block_n, BLOCK_Q=size, STEPS=-(-words // size), STAGES=tiles.num_stages)
+    return dict(BLOCK_N=tiles.block_n, BLOCK_Q=size, EVEN=words % size == 0)
 
 
 def in_words(x: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class ExpertTiles:
     num_warps: int
     num_stages: int
     swap: bool = False
+    whole_scales: bool = False
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,15 @@ def expert_plan(
     """The plan for so many tokens with `top_k` experts each, of `expert_bytes`; see `expert_tiles` for the rest."""
     sort = not reads_singly(arch, tokens, top_k, experts, expert_bytes, packed)
     if packed and not sort:
-        return PairPlan(pair_tiles(), pair_tiles())
+        return PairPlan(pair_tiles(), pair_tiles(summed=True))
     rows = block_rows(tokens * top_k / max(1, experts)) if sort else 16
     gate_up, down = (expert_tiles(arch, rows, dtype, packed, gated, aligned) for gated in (True, False))
     return Plan(sort, gate_up, down)
 
 
-def pair_tiles() -> PairTiles:
-    """Tiles of the pair kernels."""
-    return PairTiles(8, 256, 4, 2)
+def pair_tiles(summed: bool = False) -> PairTiles:
+    """Tiles of the pair kernels; summed: of the one that adds up a token's experts."""
+    return PairTiles(4, 256, 8, 1) if summed else PairTiles(8, 512, 4, 1)
 
 
 def linear_tiles(arch: Arch, rows: int, dtype: torch.dtype) -> ExpertTiles | PairTiles:
@@ -154,7 +156,9 @@ def packed_tiles(arch: Arch, block_m: int, dtype: torch.dtype, gated: bool) -> E
     """
     if dtype == torch.float32:  # without tensor cores; larger tiles do not fit in the registers
         return ExpertTiles(16, 16, 128, 8, 2)
-    stages = 4 if arch.wgmma and gated else 3
+    stages, whole = 4 if arch.wgmma and gated else 3, arch.wgmma
     if block_m >= 64 and arch.wgmma:
-        return ExpertTiles(64, 64, 128, 4, 3, True) if gated else ExpertTiles(64, 128, 128, 8, 3, True)
-    return ExpertTiles(min(block_m, 32), 64 if gated else 128, 128, 4, stages, True)
+        if gated:
+            return ExpertTiles(64, 64, 128, 4, 3, True, whole)
+        return ExpertTiles(64, 128, 128, 8, 3, True, whole)
+    return ExpertTiles(min(block_m, 32), 64 if gated else 128, 128, 4, stages, True, whole)

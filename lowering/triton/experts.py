@@ -186,6 +186,9 @@ def expert_launch(
     a |= dict(SWAP=tiles.swap and not weight["JOINED"], IEEE=x.dtype == torch.float32, STAGES=tiles.num_stages)
     a |= dict(TO_PLANES=planes, PDL=pdl, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k)
     a |= dict(EVEN_N=weight["N"] % tiles.block_n == 0, EVEN_K=weight["K"] % tiles.block_k == 0)
+    a["WHOLE"] = tiles.whole_scales and weight["scale"] is not None and weight["scale"].dtype == torch.int32
+    a["WHOLE"] &= x.dtype != torch.float32 and tiles.swap
+    a["WHOLE"] &= all(s is None or s % 4 == 0 for s in (a["stride_se"], a["stride_sn"], a["stride_sup"]))
     return a, (blocks * tiles_n,)
 
 
@@ -271,8 +274,9 @@ def run_experts(
 
 def _start(kernel: Any, tiles: ExpertTiles, x: Tensor, out: Tensor, weight: dict[str, Any], **rest: Any) -> None:
     arguments, grid = expert_launch(x, out, weight, tiles, **rest)
-    pdl = arguments["PDL"]
-    kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=pdl)
+    limits = {} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=arguments["PDL"])
+    kernel[grid](**arguments, **options, **limits)
 
 
 def moe_experts(

@@ -19,62 +19,72 @@ import triton.language as tl
 from .expert_parts import multiply
 
 TWO_126: tl.constexpr = tl.constexpr(2.0**126)
+FINITE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # all but the sign of an fp32
+INFINITE: tl.constexpr = tl.constexpr(0x7F800000)
+MOST_ROWS_FAST: tl.constexpr = tl.constexpr(32)  # with more, weights cost little beside products, registers much
 
-# Two words ($1) and the multipliers of each, twice ($2, $3; the same register as a rule, and the permutation then
-# costs nothing), to a pair of bf16: `first` leaves one nibble of each word in t, at bits 0 to 3. A product with two
-# powers of two is two shifts at once, on the multipliers: they have less to do here than the pipe of logical
-# operations. fma, since SM80 has no mul.bf16x2; -0 leaves signs.
-_UNPACK = """
-{
-    .reg .b32 s, t, zero, bias;
-    prmt.b32 s, $2, $3, 0x7610;
-    mov.b32 zero, 0x80008000;
-    mov.b32 bias, 0x7E807E80;
-    first
-    and.b32 t, t, 0x81C081C0;
-    fma.rn.bf16x2 t, t, bias, zero;
-    fma.rn.bf16x2 $0, t, s, zero;
-}
-"""
-UNPACK_0 = tl.constexpr(_UNPACK.replace("first", "and.b32 t, $1, 0x000F000F; mul.lo.u32 t, t, 0x00001040;"))
-UNPACK_1 = tl.constexpr(_UNPACK.replace("first", "and.b32 t, $1, 0x00F000F0; mul.lo.u32 t, t, 0x00000104;"))
-UNPACK_2 = tl.constexpr(
-    _UNPACK.replace("first", "shr.u32 t, $1, 8; and.b32 t, t, 0x000F000F; mul.lo.u32 t, t, 0x00001040;")
+# Two words ($1) and the multiplier of both, as a pair ($2; $3 is the same), to a pair of bf16: what is put before the
+# rest leaves one nibble of each word in t, at bits 0 to 3. A product with two powers of two is two shifts at once, on
+# the multipliers: they have less to do here than the pipe of logical operations. fma, since SM80 has no mul.bf16x2; -0
+# leaves signs.
+_NIBBLES = (
+    "and.b32 t, $1, 0x000F000F; mul.lo.u32 t, t, 0x00001040;",
+    "and.b32 t, $1, 0x00F000F0; mul.lo.u32 t, t, 0x00000104;",
+    "shr.u32 t, $1, 8; and.b32 t, t, 0x000F000F; mul.lo.u32 t, t, 0x00001040;",
+    "shr.u32 t, $1, 8; and.b32 t, t, 0x00F000F0; mul.lo.u32 t, t, 0x00000104;",
 )
-UNPACK_3 = tl.constexpr(
-    _UNPACK.replace("first", "shr.u32 t, $1, 8; and.b32 t, t, 0x00F000F0; mul.lo.u32 t, t, 0x00000104;")
+_HEAD, _PLACE = "{ .reg .b32 t, zero, bias; mov.b32 zero, 0x80008000; ", " and.b32 t, t, 0x81C081C0; "
+_BIAS, _TIMES = "mov.b32 bias, 0x7E807E80; fma.rn.bf16x2 t, t, bias, zero; ", "fma.rn.bf16x2 $0, t, $2, zero; }"
+FAST_0, FAST_1, FAST_2, FAST_3 = (tl.constexpr(_HEAD + first + _PLACE + _TIMES) for first in _NIBBLES)
+UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3 = (
+    tl.constexpr(_HEAD + first + _PLACE + _BIAS + _TIMES) for first in _NIBBLES
 )
+_BARE = "mov.b32 bias, 0x7E807E80; fma.rn.bf16x2 $0, t, bias, zero; }"
+BARE_0, BARE_1, BARE_2, BARE_3 = (tl.constexpr(_HEAD + first + _PLACE + _BARE) for first in _NIBBLES)
 
-# A byte of a word ($1), chosen by a selector 0x4b4b ($2), to 2^(byte - 127) in bf16, twice. 0 becomes a subnormal
-# number by the maximum, 255 an infinity and by s * 0 + s a NaN.
-EXPAND_E8M0: tl.constexpr = tl.constexpr("""
-{
-    .reg .b32 s, zero, least;
-    mov.b32 zero, 0;
+# A byte of a word ($1), chosen by a selector 0x4b4b ($2), to a bf16 twice: 2^(byte - 127); 0 becomes a subnormal number
+# by the maximum, 255 an infinity and by s * 0 + s a NaN. Or 2^(byte - 1), an infinity from 129 on. And four at once.
+_ONE = """{
+    .reg .b32 s, least, f, g;
     mov.b32 least, 0x00400040;
     prmt.b32 s, $1, 0, $2;
     shl.b32 s, s, 7;
     max.bf16x2 s, s, least;
-    fma.rn.bf16x2 $0, s, zero, s;
-}
-""")
-
-
-@triton.jit
-def selectors(scale, at):
-    """For bytes at `at`: which byte of its word each is, as `multipliers` wants it."""
-    if scale.dtype.element_ty == tl.int32:
-        pick = 0x4040 + (at & 3) * 0x0101
-    else:
-        pick = at * 0 + 0x4040
-    return pick
+    factor
+    fma.rn.bf16x2 $0, s, f, g;
+}"""
+_FOUR = """{
+    .reg .b32 s, t, least, f, g;
+    mov.b32 least, 0x00400040;
+    shl.b32 s, $4, 7;
+    and.b32 s, s, 0x7F807F80;
+    max.bf16x2 s, s, least;
+    factor
+    fma.rn.bf16x2 s, s, f, g;
+    prmt.b32 $0, s, s, 0x1010;
+    prmt.b32 $2, s, s, 0x3232;
+    shr.u32 s, $4, 1;
+    and.b32 s, s, 0x7F807F80;
+    max.bf16x2 s, s, least;
+    factor
+    fma.rn.bf16x2 s, s, f, g;
+    prmt.b32 $1, s, s, 0x1010;
+    prmt.b32 $3, s, s, 0x3232;
+}"""
+_E8M0, _FAST = "mov.b32 f, 0; mov.b32 g, s;", "mov.b32 f, 0x7E807E80; mov.b32 g, 0x80008000;"
+ONE_E8M0, ONE_FAST, FOUR_E8M0, FOUR_FAST = (
+    tl.constexpr(text.replace("factor", factor)) for text in (_ONE, _FOUR) for factor in (_E8M0, _FAST)
+)
 
 
 @triton.jit
 def loaded_selectors(scale, at):
-    """`selectors` by a load that loads nothing: Triton turns a tile into a product's layout only where it is loaded."""
-    pick = selectors(scale, at)
+    """For bytes at `at`: which byte of its word each is, as `multipliers` wants it; by a load that loads nothing, since
+    Triton turns a tile into a product's layout only where it is loaded.
+    """
+    pick = at * 0 + 0x4040
     if scale.dtype.element_ty == tl.int32:
+        pick = 0x4040 + (at & 3) * 0x0101
         pick = tl.load(scale + at, mask=at < 0, other=pick)
     return pick
 
@@ -93,21 +103,44 @@ def load_scales(scale, at, inside):
 
 
 @triton.jit
-def multipliers(word, pick, WIDE: tl.constexpr):
-    """2^(byte - 127): fp32 if WIDE, else a pair of equal bf16 in an int32."""
+def multipliers(word, pick, WIDE: tl.constexpr, FAST: tl.constexpr):
+    """2^(byte - 127): fp32 if WIDE, else a pair of equal bf16 in an int32. If FAST 2^(byte - 1), infinite from 129 on."""
     if WIDE:
-        code = (word >> ((pick & 3) * 8)) & 255
-        bits = tl.where(code == 255, 0x7FC0, tl.maximum(code << 7, 0x40))
-        value = (bits << 16).to(tl.float32, bitcast=True)
+        value = power_of_two((word >> ((pick & 3) * 8)) & 255)
+    elif FAST:
+        value = tl.inline_asm_elementwise(ONE_FAST, "=r,r,r", [word, pick], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        value = tl.inline_asm_elementwise(
-            EXPAND_E8M0, "=r,r,r", [word, pick], dtype=tl.int32, is_pure=True, pack=1
-        )  # fmt: skip
+        value = tl.inline_asm_elementwise(ONE_E8M0, "=r,r,r", [word, pick], dtype=tl.int32, is_pure=True, pack=1)
     return value
 
 
 @triton.jit
-def planes(words, scales, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):
+def four_multipliers(words, FAST: tl.constexpr):
+    """`multipliers` ``[rows, 4 W]`` in bf16 of whole words ``[rows, W]``."""
+    if FAST:
+        s0, s1, s2, s3 = tl.inline_asm_elementwise(
+            FOUR_FAST, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )  # fmt: skip
+    else:
+        s0, s1, s2, s3 = tl.inline_asm_elementwise(
+            FOUR_E8M0, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )  # fmt: skip
+    return tl.reshape(tl.join(tl.join(s0, s2), tl.join(s1, s3)), (words.shape[0], 4 * words.shape[1]))
+
+
+@triton.jit
+def weights(words, scales, pick, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr,
+            WHOLE: tl.constexpr):  # fmt: skip
+    """Four tiles of weights from words of codes and of scales."""
+    if WHOLE:
+        s = four_multipliers(scales, FAST)
+    else:
+        s = multipliers(scales, pick, WIDE, FAST)
+    return planes(words, s, ROWS, BLOCK_Q, WIDE, FAST)
+
+
+@triton.jit
+def planes(words, scales, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr, FAST: tl.constexpr):
     """``[ROWS, BLOCK_Q]`` words and ``[ROWS, BLOCK_Q / 8]`` multipliers to four tiles of weights, exactly."""
     s = tl.reshape(tl.broadcast_to(scales[:, :, None], (ROWS, BLOCK_Q // 8, 8)), (ROWS, BLOCK_Q))
     if WIDE:
@@ -115,12 +148,40 @@ def planes(words, scales, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.co
         w1 = _wide(words, 4) * s
         w2 = _wide(words, 8) * s
         w3 = _wide(words, 12) * s
+    elif FAST:
+        w0 = _unpacked(words, s, FAST_0)
+        w1 = _unpacked(words, s, FAST_1)
+        w2 = _unpacked(words, s, FAST_2)
+        w3 = _unpacked(words, s, FAST_3)
     else:
         w0 = _unpacked(words, s, UNPACK_0)
         w1 = _unpacked(words, s, UNPACK_1)
         w2 = _unpacked(words, s, UNPACK_2)
         w3 = _unpacked(words, s, UNPACK_3)
     return w0, w1, w2, w3
+
+
+@triton.jit
+def numbers(words, WIDE: tl.constexpr):
+    """Four tiles of E2M1 numbers in fp32, without their scales."""
+    if WIDE:
+        n0, n1, n2, n3 = _wide(words, 0), _wide(words, 4), _wide(words, 8), _wide(words, 12)
+    else:
+        n0, n1 = _bare(words, BARE_0).to(tl.float32), _bare(words, BARE_1).to(tl.float32)
+        n2, n3 = _bare(words, BARE_2).to(tl.float32), _bare(words, BARE_3).to(tl.float32)
+    return n0, n1, n2, n3
+
+
+@triton.jit
+def power_of_two(code):
+    """2^(code - 127) in fp32 for E8M0 bytes in int32; 255 is NaN."""
+    bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bare(words, INSTRUCTIONS: tl.constexpr):
+    return tl.inline_asm_elementwise(INSTRUCTIONS, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -153,24 +214,56 @@ def load_words(w, rows, q, stride_n, rows_left, columns_left, EVEN_N: tl.constex
 def packed_product(
     x, live, w, scale, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q,
     GATED: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, EVEN_N: tl.constexpr, EVEN_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, EVEN_N: tl.constexpr, EVEN_Q: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Rows of x times rows of a packed weight (and those of up, if GATED): two tiles, fp32, transposed if SWAP.
 
     x: pointers ``[BLOCK_M, 1]`` to rows in planes; Q: columns of a plane; offset: bytes from `scale` to the first row.
+    WHOLE: the scales of each row begin at a word, and are read in words.
+
+    The scales are first taken to be 2 at most: one multiplication a weight is enough then. If one was not, no sum of
+    its row is finite, and all is computed again, with two multiplications.
     """
+    FAST: tl.constexpr = not WIDE and BLOCK_M <= MOST_ROWS_FAST
+    acc, acc_up = _product(
+        x, live, w, scale, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, FAST,
+        GATED, SWAP, WIDE, STAGES, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE,
+    )  # fmt: skip
+    if FAST:  # noqa: SIM102 (decided while compiling)
+        size = tl.maximum(acc.to(tl.int32, bitcast=True) & FINITE, acc_up.to(tl.int32, bitcast=True) & FINITE)
+        size = tl.max(tl.max(size, 1), 0)
+        if size >= INFINITE:
+            # 0, in a way that keeps the compiler from holding the second loop's addresses while the first runs.
+            later = tl.inline_asm_elementwise("shr.u32 $0, $1, 31;", "=r,r", [size], tl.int32, is_pure=True, pack=1)
+            later = tl.multiple_of(later, 16)
+            acc, acc_up = _product(
+                x + later, live, w + later, scale + later, rows + later, offset + later, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, False,
+                GATED, SWAP, WIDE, 2, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE,
+            )  # fmt: skip
+    return acc, acc_up
+
+
+@triton.jit
+def _product(
+    x, live, w, scale, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, FAST: tl.constexpr,
+    GATED: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, EVEN_N: tl.constexpr, EVEN_Q: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`packed_product`; FAST: infinite or NaN if a scale is above 2."""
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_up = acc
     q = tl.arange(0, BLOCK_Q)
-    block = tl.arange(0, BLOCK_Q // 8)
-    at = offset + rows[:, None] * stride_sn + block[None, :]
-    pick = loaded_selectors(scale, at)
-    pick_up = pick
-    if GATED:
-        pick_up = loaded_selectors(scale, at + stride_sup)
+    scaled: tl.constexpr = BLOCK_Q // (32 if WHOLE else 8)
+    block = tl.arange(0, scaled)
+    at = offset + rows[:, None] * stride_sn + block[None, :] * (4 if WHOLE else 1)
+    pick, pick_up = at, at
+    if not WHOLE:
+        pick = loaded_selectors(scale, at)
+        if GATED:
+            pick_up = loaded_selectors(scale, at + stride_sup)
     for k in tl.range(0, Q, BLOCK_Q, num_stages=STAGES):
         if EVEN_Q:
             mask = live[:, None]
@@ -180,18 +273,18 @@ def packed_product(
         x1 = tl.load(x + (Q + q)[None, :], mask=mask, other=0.0)
         x2 = tl.load(x + (2 * Q + q)[None, :], mask=mask, other=0.0)
         x3 = tl.load(x + (3 * Q + q)[None, :], mask=mask, other=0.0)
-        inside = (rows[:, None] < rows_left) & (block[None, :] < (Q - k) // 8)
+        inside = (rows[:, None] < rows_left) & (block[None, :] < (Q - k) // (BLOCK_Q // scaled))
         words = load_words(w, rows, q, stride_wn, rows_left, Q - k, EVEN_N, EVEN_Q)
-        scales = multipliers(load_scales(scale, at + k // 8, inside), pick, WIDE)
-        w0, w1, w2, w3 = planes(words, scales, BLOCK_N, BLOCK_Q, WIDE)
+        scales = load_scales(scale, at + k // 8, inside)
+        w0, w1, w2, w3 = weights(words, scales, pick, BLOCK_N, BLOCK_Q, WIDE, FAST, WHOLE)
         acc = multiply(acc, x0, w0, SWAP, WIDE)
         acc = multiply(acc, x1, w1, SWAP, WIDE)
         acc = multiply(acc, x2, w2, SWAP, WIDE)
         acc = multiply(acc, x3, w3, SWAP, WIDE)
         if GATED:
             words = load_words(w + stride_wup, rows, q, stride_wn, rows_left, Q - k, EVEN_N, EVEN_Q)
-            scales = multipliers(load_scales(scale, at + stride_sup + k // 8, inside), pick_up, WIDE)
-            w0, w1, w2, w3 = planes(words, scales, BLOCK_N, BLOCK_Q, WIDE)
+            scales = load_scales(scale, at + stride_sup + k // 8, inside)
+            w0, w1, w2, w3 = weights(words, scales, pick_up, BLOCK_N, BLOCK_Q, WIDE, FAST, WHOLE)
             acc_up = multiply(acc_up, x0, w0, SWAP, WIDE)
             acc_up = multiply(acc_up, x1, w1, SWAP, WIDE)
             acc_up = multiply(acc_up, x2, w2, SWAP, WIDE)

@@ -12,9 +12,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .expert_parts import LINEAR, activate
-from .mxfp4_parts import load_scales, load_words, multipliers, planes, selectors
+from .mxfp4_parts import numbers, power_of_two
 
-UNROLLED: tl.constexpr = tl.constexpr(16)  # blocks written out, so that all their loads are in flight at once
+UNROLLED: tl.constexpr = tl.constexpr(4)  # steps written out, so that all their loads are in flight at once
 
 
 @triton.jit
@@ -25,16 +25,18 @@ def _chosen(ids, t, j, stride_it, stride_ij, E):
 
 
 @triton.jit
-def _row(x, q, Q, WIDE: tl.constexpr):
+def _row(x, q, inside, EVEN: tl.constexpr, WIDE: tl.constexpr):
     """Columns 4 q + i of a row as four vectors in fp32. x: fp32, or int64, words of four bf16."""
-    inside = q < Q
     if WIDE:
         x0 = tl.load(x + 4 * q, mask=inside, other=0.0)
         x1 = tl.load(x + 4 * q + 1, mask=inside, other=0.0)
         x2 = tl.load(x + 4 * q + 2, mask=inside, other=0.0)
         x3 = tl.load(x + 4 * q + 3, mask=inside, other=0.0)
     else:
-        four = tl.load(x + q, mask=inside, other=0)
+        if EVEN:
+            four = tl.load(x + q)
+        else:
+            four = tl.load(x + q, mask=inside, other=0)
         low, high = four.to(tl.int32), (four >> 32).to(tl.int32)
         x0 = (low << 16).to(tl.float32, bitcast=True)
         x1 = (low & -65536).to(tl.float32, bitcast=True)
@@ -44,42 +46,38 @@ def _row(x, q, Q, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _add(part, x0, x1, x2, x3, w, scale, rows, at, k, stride_n, rows_left, Q,
-         BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """part ``[BLOCK_N, BLOCK_Q]``, with what each word of the block at k adds to its row's product; x as in `_row`."""
-    q, block = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_Q // 8)
-    words = load_words(w + k, rows, q, stride_n, rows_left, Q - k, False, False)
-    inside = (rows[:, None] < rows_left) & (block[None, :] < (Q - k) // 8)
-    scales = multipliers(load_scales(scale, at + k // 8, inside), selectors(scale, at), WIDE)
-    w0, w1, w2, w3 = planes(words, scales, BLOCK_N, BLOCK_Q, WIDE)
-    part += w0.to(tl.float32) * x0[None, :]
-    part += w1.to(tl.float32) * x1[None, :]
-    part += w2.to(tl.float32) * x2[None, :]
-    part += w3.to(tl.float32) * x3[None, :]
-    return part
+def _products(words, codes, x0, x1, x2, x3, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):
+    """``[BLOCK_N, BLOCK_Q / 8]``: what each scaled block adds to its row's product; x as `_row` gives it."""
+    n0, n1, n2, n3 = numbers(words, WIDE)
+    sums = n0 * x0[None, :] + n1 * x1[None, :] + n2 * x2[None, :] + n3 * x3[None, :]
+    return tl.sum(tl.reshape(sums, (BLOCK_N, BLOCK_Q // 8, 8)), 2) * power_of_two(codes.to(tl.int32))
 
 
 @triton.jit
-def _add_both(part, part_up, x, w, scale, rows, at, k, stride_n, stride_wup, stride_sup, rows_left, Q,
-              GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """`_add` for a weight, and for up's rows if GATED."""
-    x0, x1, x2, x3 = _row(x, k + tl.arange(0, BLOCK_Q), Q, WIDE)
-    part = _add(part, x0, x1, x2, x3, w, scale, rows, at, k, stride_n, rows_left, Q, BLOCK_N, BLOCK_Q, WIDE)
+def _add_step(part, part_up, k, x, w, scale, n, stride_wn, stride_wup, stride_sn, stride_sup, Q,
+              GATED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, EVEN: tl.constexpr,
+              WIDE: tl.constexpr):  # fmt: skip
+    """The words from k on, for a weight and for up's rows if GATED."""
+    q, block = k + tl.arange(0, BLOCK_Q), k // 8 + tl.arange(0, BLOCK_Q // 8)
+    w += n[:, None] * stride_wn + q[None, :]
+    scale += n[:, None] * stride_sn + block[None, :]
+    if EVEN:
+        words, codes = tl.load(w), tl.load(scale)
+    else:
+        words = tl.load(w, mask=q[None, :] < Q, other=0)
+        codes = tl.load(scale, mask=block[None, :] < Q // 8, other=0)
+    words_up, codes_up = words, codes
     if GATED:
-        part_up = _add(part_up, x0, x1, x2, x3, w + stride_wup, scale, rows, at + stride_sup, k, stride_n, rows_left, Q,
-                       BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+        if EVEN:
+            words_up, codes_up = tl.load(w + stride_wup), tl.load(scale + stride_sup)
+        else:
+            words_up = tl.load(w + stride_wup, mask=q[None, :] < Q, other=0)
+            codes_up = tl.load(scale + stride_sup, mask=block[None, :] < Q // 8, other=0)
+    x0, x1, x2, x3 = _row(x, q, q < Q, EVEN, WIDE)
+    part += _products(words, codes, x0, x1, x2, x3, BLOCK_N, BLOCK_Q, WIDE)
+    if GATED:
+        part_up += _products(words_up, codes_up, x0, x1, x2, x3, BLOCK_N, BLOCK_Q, WIDE)
     return part, part_up
-
-
-@triton.jit
-def _scale_rows(scale, expert, first_n, rows, stride_e, stride_n, BLOCK_Q: tl.constexpr):
-    """Where the scales of an expert's rows begin, as a pointer and the distances of a block's bytes from it."""
-    first = expert * stride_e + first_n * stride_n
-    offset = 0
-    if scale.dtype.element_ty == tl.int32:
-        offset = (first & 3).to(tl.int32)
-        first = first >> 2
-    return scale + first, offset + rows[:, None] * stride_n + tl.arange(0, BLOCK_Q // 8)[None, :]
 
 
 @triton.jit(do_not_specialize=["tiles_n"])
@@ -89,11 +87,13 @@ def pair_kernel(
     stride_om, stride_it, stride_ij, stride_rt, stride_rj,
     N, Q, E, tiles_n, alpha, limit,
     TOPK: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[pair] = activate(w[e] @ x[pair div TOPK]); grid (pairs * tiles_n,).
 
     ids: ``[T, TOPK]``, or None: the only expert. Arguments as in `expert_kernel`, x as in `_row`.
+    PLANES: write what `pair_sum_kernel` reads, fp32 numbers that are rounded to x's dtype.
     """
     if PDL:
         gdc_wait()
@@ -106,22 +106,22 @@ def pair_kernel(
     if expert < 0:
         return
     rows = tl.arange(0, BLOCK_N)
-    w += expert * stride_we + first_n * stride_wn
-    scale, at = _scale_rows(scale, expert, first_n, rows, stride_se, stride_sn, BLOCK_Q)
+    n = first_n + rows
+    inner = tl.minimum(n, N - 1)  # rows beyond the last are computed, and not written
     x += (pair // TOPK) * stride_xm
-    left = (N - first_n).to(tl.int32)
-    part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
+    w += expert * stride_we
+    scale += expert * stride_se
+    part = tl.zeros((BLOCK_N, BLOCK_Q // 8), tl.float32)
     part_up = part
     if STEPS <= UNROLLED:
         for step in tl.static_range(STEPS):
-            part, part_up = _add_both(part, part_up, x, w, scale, rows, at, step * BLOCK_Q, stride_wn, stride_wup,
-                                      stride_sup, left, Q, GATED, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+            part, part_up = _add_step(part, part_up, step * BLOCK_Q, x, w, scale, inner, stride_wn, stride_wup,
+                                      stride_sn, stride_sup, Q, GATED, BLOCK_N, BLOCK_Q, EVEN, WIDE)  # fmt: skip
     else:
-        for k in tl.range(0, Q, BLOCK_Q, num_stages=STAGES):
-            part, part_up = _add_both(part, part_up, x, w, scale, rows, at, k, stride_wn, stride_wup,
-                                      stride_sup, left, Q, GATED, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+        for step in tl.range(STEPS):
+            part, part_up = _add_step(part, part_up, step * BLOCK_Q, x, w, scale, inner, stride_wn, stride_wup,
+                                      stride_sn, stride_sup, Q, GATED, BLOCK_N, BLOCK_Q, EVEN, WIDE)  # fmt: skip
     y, up = tl.sum(part, 1), tl.sum(part_up, 1)
-    n = first_n + rows
     if row_weights is not None:
         p = tl.load(row_weights + (pair // TOPK) * stride_rt + (pair % TOPK) * stride_rj).to(tl.float32)
         y = y * p
@@ -133,69 +133,61 @@ def pair_kernel(
             up += tl.load(b_at + stride_bup, mask=n < N, other=0.0).to(tl.float32)
     if ACTIVATION != LINEAR:
         y = activate(y, up, alpha, limit, ACTIVATION, GATED)
-    tl.store(out + pair * stride_om + n, y.to(out.dtype.element_ty), mask=n < N)
+    column = n
+    if PLANES:
+        y = y.to(tl.float32 if WIDE else tl.bfloat16)
+        column = (n % 4) * (N // 4) + n // 4
+    tl.store(out + pair * stride_om + column, y.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["tiles_n"])
 def pair_sum_kernel(
     h, w, scale, bias, out, ids, weights,
-    stride_hm, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_it, stride_ij,
-    stride_rt, stride_rj, N, Q, E, tiles_n,
-    TOPK: tl.constexpr, WEIGHTED: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-    STEPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_it, stride_ij, stride_rt, stride_rj,
+    N, Q, E, tiles_n,
+    TOPK: tl.constexpr, CHOICES: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t] = sum_j p[t, j] * (w[e] @ h[t * TOPK + j] + bias[e]); grid (T * tiles_n,); out is contiguous.
 
-    STEPS: blocks of Q.
+    h: fp32 ``[T * TOPK, 4, Q]``, rows in planes (`mxfp4_parts`). CHOICES: the power of two from TOPK on.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     t = (tl.program_id(0) // tiles_n).to(tl.int64)
-    first_n = ((tl.program_id(0) % tiles_n) * BLOCK_N).to(tl.int64)
-    rows = tl.arange(0, BLOCK_N)
-    n = first_n + rows
-    part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
-    y = tl.zeros((BLOCK_N,), tl.float32)
-    most: tl.constexpr = UNROLLED // 4 if WIDE else UNROLLED  # fp32 takes more registers
-    if most >= TOPK * STEPS:
-        for step in tl.static_range(TOPK * STEPS):
-            part, y = _add_choice(
-                part, y, step // STEPS, (step % STEPS) * BLOCK_Q, h, w, scale, bias, ids, weights, t, first_n, rows,
-                stride_hm, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_it, stride_ij,
-                stride_rt, stride_rj, N, Q, E, TOPK, WEIGHTED, WIDE, BLOCK_N, BLOCK_Q,
-            )  # fmt: skip
-    else:
-        for step in tl.range(0, TOPK * STEPS, num_stages=STAGES):
-            part, y = _add_choice(
-                part, y, step // STEPS, (step % STEPS) * BLOCK_Q, h, w, scale, bias, ids, weights, t, first_n, rows,
-                stride_hm, stride_we, stride_wn, stride_se, stride_sn, stride_be, stride_bn, stride_it, stride_ij,
-                stride_rt, stride_rj, N, Q, E, TOPK, WEIGHTED, WIDE, BLOCK_N, BLOCK_Q,
-            )  # fmt: skip
-    y += tl.sum(part, 1)
-    tl.store(out + t * N + n, y.to(out.dtype.element_ty), mask=n < N)
-
-
-@triton.jit
-def _add_choice(
-    part, y, j, k, h, w, scale, bias, ids, weights, t, first_n, rows, stride_hm, stride_we, stride_wn, stride_se,
-    stride_sn, stride_be, stride_bn, stride_it, stride_ij, stride_rt, stride_rj, N, Q, E,
-    TOPK: tl.constexpr, WEIGHTED: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """A block of a token's choice j: `_add` with its weight, and the bias at the first block."""
-    expert = _chosen(ids, t, j, stride_it, stride_ij, E)
-    some = tl.where(expert < 0, 0, 1)
-    expert = tl.maximum(expert, 0)
-    p = some.to(tl.float32)
+    n = ((tl.program_id(0) % tiles_n) * BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)
+    inner = tl.minimum(n, N - 1)  # rows beyond the last are computed, and not written
+    ids += t * stride_it
+    h += t * TOPK * 4 * Q
+    j = tl.arange(0, CHOICES)
+    e = tl.load(ids + j * stride_ij, mask=j < TOPK, other=-1)
+    none = (e < 0) | (e >= E)
+    expert = tl.where(none, 0, e).to(tl.int64)
+    last = tl.where(none, 0, Q)
+    p = tl.where(none, 0.0, 1.0)
     if WEIGHTED:
-        p = tl.where(some != 0, tl.load(weights + t * stride_rt + j * stride_rj).to(tl.float32), 0.0)
-    scale, at = _scale_rows(scale, expert, first_n, rows, stride_se, stride_sn, BLOCK_Q)
-    columns, left = some * Q, (N - first_n).to(tl.int32)
-    x0, x1, x2, x3 = _row(h + (t * TOPK + j) * stride_hm, k + tl.arange(0, BLOCK_Q), columns, WIDE)
-    part = _add(part, p * x0, p * x1, p * x2, p * x3, w + expert * stride_we + first_n * stride_wn, scale, rows, at, k,
-                stride_wn, left, columns, BLOCK_N, BLOCK_Q, WIDE)  # fmt: skip
+        p = tl.load(weights + t * stride_rt + j * stride_rj, mask=last > 0, other=0.0).to(tl.float32)
+    w += expert[None, :, None] * stride_we + inner[:, None, None] * stride_wn
+    scale += expert[None, :, None] * stride_se + inner[:, None, None] * stride_sn
+    part = tl.zeros((BLOCK_N, CHOICES, BLOCK_Q // 8), tl.float32)
+    for k in tl.range(0, Q, BLOCK_Q):
+        q, block = k + tl.arange(0, BLOCK_Q), k // 8 + tl.arange(0, BLOCK_Q // 8)
+        if EVEN:
+            words = tl.load(w + q[None, None, :])
+        else:
+            words = tl.load(w + q[None, None, :], mask=q[None, None, :] < Q, other=0)
+        codes = tl.load(scale + block[None, None, :], mask=8 * block[None, None, :] < last[None, :, None], other=0)
+        at, inside = h + j[:, None] * 4 * Q + q[None, :], q[None, :] < last[:, None]
+        x0, x1 = tl.load(at, mask=inside, other=0.0), tl.load(at + Q, mask=inside, other=0.0)
+        x2, x3 = tl.load(at + 2 * Q, mask=inside, other=0.0), tl.load(at + 3 * Q, mask=inside, other=0.0)
+        n0, n1, n2, n3 = numbers(words, WIDE)
+        sums = n0 * x0[None] + n1 * x1[None] + n2 * x2[None] + n3 * x3[None]
+        sums = tl.sum(tl.reshape(sums, (BLOCK_N, CHOICES, BLOCK_Q // 8, 8)), 3)
+        part += sums * power_of_two(codes.to(tl.int32))
+    parts = tl.sum(part, 2)
     if bias is not None:
-        n = first_n + rows
-        b = tl.load(bias + expert * stride_be + n * stride_bn, mask=n < tl.where(k == 0, some * N, 0), other=0.0)
-        y += p * b.to(tl.float32)
-    return part, y
+        b = tl.load(bias + expert[None, :] * stride_be + inner[:, None] * stride_bn, mask=last[None, :] > 0, other=0.0)
+        parts += b.to(tl.float32)
+    y = tl.sum(parts * p[None, :], 1)
+    tl.store(out + t * N + n, y.to(out.dtype.element_ty), mask=n < N)
