@@ -82,7 +82,9 @@ def _of_apply(reader: Reader, expr: Apply, slot: Index) -> list[Choice] | None:
         found = _summed(find_choices(reader, args[0], slot))
         if found is None:
             return None
-        return [replace(c, factors=(Apply("div", (_product(c.factors, expr.node), args[1]), expr.node),)) for c in found]
+        return [
+            replace(c, factors=(Apply("div", (_product(c.factors, expr.node), args[1]), expr.node),)) for c in found
+        ]
     if op == "add":
         both = [find_choices(reader, a, slot) for a in args if not _is_zero(reader, a)]
         return None if any(f is None for f in both) else [c for f in both for c in f or []]

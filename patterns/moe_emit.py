@@ -13,8 +13,9 @@ from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, refine
 
 from .choice import Choice, are_in_range
+from .dispatch import CAPACITY
 from .expert_weights import Joined, Weights, is_transposed, join_gate_and_up, lay_out
-from .experts import CAPACITY, Block, Expert
+from .experts import Block, Expert
 from .packed_experts import packed_experts
 from .routed import FLOATS, Guard, Reader, Unreadable
 

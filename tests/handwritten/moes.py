@@ -620,6 +620,46 @@ def expert_choice():
 
 
 @case(refused=True)
+def added_where_one_of_the_first_choices_is_the_expert():
+    def feed(x, router, up, down):
+        p, ids = (x.flatten(0, 1) @ router).softmax(-1).topk(3)
+        out = torch.zeros_like(x.flatten(0, 1))
+        for e in range(E):
+            y = F.silu(x.flatten(0, 1) @ up[e]) @ down[e]
+            share = (p * (ids == e)).sum(-1, keepdim=True)
+            out = torch.where((ids[:, :2] == e).any(-1, keepdim=True), out + y * share, out)
+        return out
+
+    return feed, lambda d: (*tokens(d), d.randn(D, E), d.randn(E, D, H), d.randn(E, H, D))
+
+
+@case(refused=True)
+def last_expert_for_the_first_choices_only():
+    def feed(x, router, up, down):
+        p, ids = (x.flatten(0, 1) @ router).softmax(-1).topk(3)
+        out = torch.zeros_like(x.flatten(0, 1))
+        for e in range(E):
+            chosen = torch.where(ids == e, p, 0)
+            share = chosen[:, : 2 if e == E - 1 else 3].sum(-1, keepdim=True)
+            out = out + share * (F.silu(x.flatten(0, 1) @ up[e]) @ down[e])
+        return out
+
+    return feed, lambda d: (*tokens(d), d.randn(D, E), d.randn(E, D, H), d.randn(E, H, D))
+
+
+@case(sites=None)
+def all_experts_and_the_first_two_again():
+    def feed(x, ids, p, up, down):
+        chosen = (ids[..., None] == torch.arange(E)).to(p.dtype)
+        shares, again = torch.einsum("tke,tk->te", chosen, p), torch.einsum("tke,tk->te", chosen[..., :2], p)
+        h = F.silu(torch.einsum("td,ehd->teh", x, up))
+        first = F.silu(torch.einsum("td,ehd->teh", x, up[:2]))
+        return torch.einsum("teh,edh,te->td", h, down, shares) + torch.einsum("teh,edh,te->td", first, down[:2], again)
+
+    return feed, lambda d: (*routed(d), d.randn(E, H, D), d.randn(E, D, H))
+
+
+@case(refused=True)
 def tokens_beyond_the_capacity_dropped():
     class Feed(nn.Module):
         def __init__(self):
