@@ -82,7 +82,9 @@ def _of_apply(reader: Reader, expr: Apply, slot: Index) -> list[Choice] | None:
         found = _summed(find_choices(reader, args[0], slot))
         if found is None:
             return None
-        return [replace(c, factors=(Apply("div", (_product(c.factors, expr.node), args[1]), expr.node),)) for c in found]
+        return [
+            replace(c, factors=(Apply("div", (_product(c.factors, expr.node), args[1]), expr.node),)) for c in found
+        ]
     if op == "add":
         both = [find_choices(reader, a, slot) for a in args if not _is_zero(reader, a)]
         return None if any(f is None for f in both) else [c for f in both for c in f or []]
@@ -313,3 +315,24 @@ def _is_lowest(reader: Reader, expr: Expr) -> bool:
         inner = made.args[0]
         made = reader.meaning(inner) if isinstance(inner, Element) else inner
     return isinstance(made, Number) and made.value <= -1e9
+
+
+_POSITIVE = {aten.softmax.int, aten.sigmoid.default, aten.exp.default, aten.relu.default}
+
+
+def is_nonnegative(reader: Reader, expr: Expr) -> bool:
+    """Whether a number cannot be below zero, by the ops that made it."""
+    if isinstance(expr, Element):
+        element = reader.resolve(expr)
+        node = element.node
+        if node.target in _POSITIVE:
+            return True
+        if node.target is operator.getitem and args_of(node)[1] == 0 and operand(node).target in CHOOSERS:
+            return is_nonnegative(reader, Element(operand(operand(node)), element.index))  # some of its values
+        made = reader.meaning(element)
+        return made is not None and not isinstance(made, Element) and is_nonnegative(reader, made)
+    if isinstance(expr, Number):
+        return expr.value >= 0
+    if isinstance(expr, Apply):
+        return expr.op in ("cast", "mul", "div", "add") and all(is_nonnegative(reader, a) for a in expr.args)
+    return isinstance(expr, Reduce) and is_nonnegative(reader, expr.body)

@@ -9,6 +9,7 @@ from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.index_algebra.index import same_size
 
 from .choice import Choice
+from .products import rename
 from .routed import Reader
 
 
@@ -65,3 +66,27 @@ def _rolled_index(parts: list[Index], var: Var) -> Index | None:
         return None
     element = _rolled_element(data, var)
     return None if element is None else Index.of(Datum(element)) + parts[0].const
+
+
+def same_choices(reader: Reader, a: tuple[Choice, ...], b: tuple[Choice, ...]) -> bool:
+    """Whether two sums run over the same choices; each may have named its variables and laid out its weights itself."""
+    def settled(factors: tuple[Expr, ...]) -> tuple[Expr, ...]:
+        return tuple(reader.resolve(f) if isinstance(f, Element) else f for f in factors)
+
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b, strict=True):
+        if not same_counts(x, y) or len(x.factors) != len(y.factors):
+            return False
+        named = {v: Index.of(w) for v, w in zip(y.vars, x.vars, strict=True)}
+        factors = tuple(rename(f, named) for f in y.factors)
+        if x.ids != y.ids.subs(named) or settled(x.factors) != settled(factors):
+            return False
+    return True
+
+
+def same_counts(a: Choice, b: Choice) -> bool:
+    """Whether two choices run over as many: all of a token's, say, and not the first two of three."""
+    return len(a.vars) == len(b.vars) and all(
+        same_size(v.extent, w.extent) for v, w in zip(a.vars, b.vars, strict=True)
+    )

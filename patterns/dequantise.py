@@ -71,7 +71,29 @@ def mark_packed(graph: GraphView) -> list[Refusal]:
                 _claim(graph, found, weights)
         except CannotArrange as why:
             refusals.append(Refusal(f"no view expresses the packed weight: {why}", node, found.tags))
-    return refusals
+    return refusals + _held_tables(graph)
+
+
+def _held_tables(graph: GraphView) -> list[Refusal]:
+    """Codes that are looked up in a table which the module holds: nobody knows what it holds at the next call."""
+    tables = [n for n in graph.graph.find_nodes(op="placeholder") if _dtype(n) in _FLOATS]
+    reason = (
+        "four-bit codes are looked up in a buffer, which may change between calls; make the table in forward, as "
+        "torch.tensor([...]), so that its values are known"
+    )
+    return [
+        Refusal(reason, user)
+        for table in tables
+        if tuple(table.meta["val"].shape) in ((16,), (8,))
+        for user in table.users
+        if user.target in _GATHERS and _from_bytes(user)
+    ]
+
+
+def _from_bytes(node: Node, depth: int = 12) -> bool:
+    if depth == 0 or node.op == "placeholder":
+        return node.op == "placeholder" and is_bytes(node)
+    return any(_from_bytes(n, depth - 1) for n in node.all_input_nodes)
 
 
 def unmark(graph: GraphView) -> list[Node]:

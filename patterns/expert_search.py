@@ -172,7 +172,7 @@ def _path(anchor: Node) -> list[Node]:
         if not readers:
             break
         node = max(readers)
-        if node.target in _FOREIGN and (node.target is not aten.softmax.int or path and _has_product(path)):
+        if node.target in _FOREIGN and (node.target is not aten.softmax.int or (path and _has_product(path))):
             break
         path.append(node)
     return [] if anchor.meta.get(_DEAD) else path

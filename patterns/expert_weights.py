@@ -15,8 +15,8 @@ from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.match import GraphView, Refusal
 
 from .choice import Choice
-from .choice_rows import roll, rolled_choices
-from .experts import Block, Expert, same_choices
+from .choice_rows import roll, rolled_choices, same_choices, same_counts
+from .experts import Block, Expert
 from .products import rename
 from .routed import Unreadable
 
@@ -120,6 +120,8 @@ def _over(e: Expert, expert: Var) -> Expert:
         if element is None:
             return None
         if (var := slot.var) is not None:
+            if not same_size(var.extent, expert.extent):
+                raise Unreadable(Refusal("the sum runs over all experts here and over some there", element.node))
             return element.subs({var: Index.of(expert)})
         places = [k for k, ix in enumerate(element.index) if ix.has_datum()]
         if len(places) != 1 or not same_size(shape_of(element.node)[places[0]], expert.extent):
@@ -179,7 +181,7 @@ def _looked_up(block: Block, ordered: list[Expert]) -> list[Expert]:
     choices: list[tuple[Choice, ...]] = [() for _ in ordered]
     for k, wanted in enumerate(first):
         each = [e.choices[k] for e in ordered]
-        if any(len(c.vars) != len(wanted.vars) or len(c.factors) != len(wanted.factors) for c in each):
+        if any(not same_counts(c, wanted) or len(c.factors) != len(wanted.factors) for c in each):
             return ordered
         named = [{v: Index.of(w) for v, w in zip(c.vars, wanted.vars, strict=True)} for c in each]
         copies = [[rename(f, names) for f in c.factors] for c, names in zip(each, named, strict=True)]

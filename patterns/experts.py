@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Apply, Cases, Datum, Element, Expr, Index, Reduce, Var, same_size
+from sm12x_compile.index_algebra import Apply, Datum, Element, Expr, Index, Var, same_size
 from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.match import Refusal
 
 from .activation import Activation, read_activation
-from .choice import Choice, are_distinct, at_choice, find_choices
-from .products import Term, rename, terms
+from .choice import Choice, are_distinct, find_choices
+from .choice_rows import same_choices
+from .dispatch import ChosenBefore, at_choice_all, chosen_before, covered, numbers, refuse_capacity, says_chosen
+from .products import Term, terms
 from .routed import FLOATS, Reader, Unreadable
 
 aten = torch.ops.aten
@@ -125,16 +127,8 @@ def _collect(reader: Reader, sums: list[_Sum], term: Term, tokens: tuple[Var, ..
         assert slot is not None
         slot = next((s.slot for s in sums if s.slot is not None and _same_slot(reader, slot, s.slot)), slot)
         choices = (Choice(outer, slot, weights, main.node),)
-    choices = tuple(_at_choice(c, slot) for c in choices)
+    choices = tuple(at_choice_all(c, slot) for c in choices)
     _add(reader, sums, slot, choices, main, inner, hidden)
-
-
-def _at_choice(choice: Choice, slot: Index) -> Choice:
-    return replace(choice, factors=tuple(at_choice(f, slot, choice.ids) for f in choice.factors))
-
-
-class _ChosenInside(Unreadable):
-    """Something did choose the experts before them, but not as the op wants it."""
 
 
 def _collect_inside(
@@ -149,7 +143,7 @@ def _collect_inside(
         known = _Sum(Index.of(others[0]) if others else None, (), (main, inner, hidden))
         try:
             expert = _expert(reader, known, main.node, set(tokens))
-        except _ChosenInside:
+        except ChosenBefore:
             raise
         except Unreadable:
             continue
@@ -157,6 +151,7 @@ def _collect_inside(
             raise Unreadable(Refusal("routing weights stand before the experts and behind them", main.node))
         sums.append(replace(known, slot=expert.slot, choices=expert.choices, inside=True))
         return
+    refuse_capacity(reader, term, main, own)
     raise Unreadable
 
 
@@ -175,23 +170,6 @@ def _add(
         known.matrix = (main, inner[0], hidden)
     else:
         known.bias = main
-
-
-def same_choices(reader: Reader, a: tuple[Choice, ...], b: tuple[Choice, ...]) -> bool:
-    """Whether two sums run over the same choices; each may have named its variables and laid out its weights itself."""
-    def settled(factors: tuple[Expr, ...]) -> tuple[Expr, ...]:
-        return tuple(reader.resolve(f) if isinstance(f, Element) else f for f in factors)
-
-    if len(a) != len(b):
-        return False
-    for x, y in zip(a, b, strict=True):
-        if len(x.vars) != len(y.vars) or len(x.factors) != len(y.factors):
-            return False
-        named = {v: Index.of(w) for v, w in zip(y.vars, x.vars, strict=True)}
-        factors = tuple(rename(f, named) for f in y.factors)
-        if x.ids != y.ids.subs(named) or settled(x.factors) != settled(factors):
-            return False
-    return True
 
 
 def _slot(reader: Reader, weight: Element) -> tuple[Index | None, Element]:
@@ -217,7 +195,7 @@ def _picked(
     if slot is not None:
         return None, factors
     for f in factors:
-        for candidate in [Index.of(v) for v in own] + _numbers(reader, f):
+        for candidate in [Index.of(v) for v in own] + numbers(reader, f):
             if any(reader.depends(f, v) for v in own if Index.of(v) != candidate):
                 continue  # it is of the experts' hidden values, which are not linear in what chose them
             picks = find_choices(reader, f, candidate)
@@ -245,20 +223,9 @@ def _without_repeats(
             picks, again = again, picks
         if any(c.factors or not (c.any or are_distinct(c)) for c in again):
             raise Unreadable
-        if not _covered(picks, again):
+        if not covered(picks, again):
             raise Unreadable
     return picks, left
-
-
-def _covered(picks: list[Choice], again: list[Choice]) -> bool:
-    """Whether each choice in `picks` is one in `again`."""
-    def plain(c: Choice) -> Index:
-        return c.ids.subs({v: Index.of(_ANY[k]) for k, v in enumerate(c.vars)}) if len(c.vars) < 2 else c.ids
-
-    return {plain(c) for c in picks} <= {plain(c) for c in again}
-
-
-_ANY = (Var("any", 1),)
 
 
 def _counted_once(pick: Choice) -> Choice:
@@ -267,26 +234,6 @@ def _counted_once(pick: Choice) -> Choice:
         reason = "an expert that is chosen twice for a token counts once here; choose with topk, or sum the weights"
         raise Unreadable(Refusal(reason, pick.node))
     return replace(pick, any=False)
-
-
-def _numbers(reader: Reader, expr: Expr, depth: int = 12) -> list[Index]:
-    """Numbers that an expression compares integers with, or columns that it takes: candidates for an expert's slot."""
-    if depth == 0:
-        return []
-    if isinstance(expr, Element):
-        element = reader.resolve(expr)
-        made = reader.meaning(element)
-        consts = [ix for ix in element.index if ix.is_const and isinstance(ix.const, int)]
-        if made is None or isinstance(made, (Element, Cases)):
-            return consts
-        return _numbers(reader, made, depth - 1) + consts
-    if isinstance(expr, Apply):
-        inside = [n for a in expr.args for n in _numbers(reader, a, depth - 1)]
-        if expr.op in ("eq", "ne"):
-            compared = [reader.index_of(a) for a in expr.args]
-            return [ix for ix in compared if ix is not None and ix.is_const] + inside
-        return inside
-    return _numbers(reader, expr.body, depth - 1) if isinstance(expr, Reduce) else []
 
 
 # ---------------------------------------------------------------- one expert
@@ -318,13 +265,13 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
         up = replace(up, matrix=up.matrix.subs(named))
     slot, weights = sum_.slot, gate.weights
     if not choices or sum_.inside:
-        slot, choices, weights = _chosen_inside(reader, slot, weights, node)
+        slot, choices, weights = chosen_before(reader, slot, weights, node)
         biased = sum_.bias is not None or gate.bias is not None or (up is not None and up.bias is not None)
         if biased or between or (activation.limit is not None and activation.limit < 0):
             reason = "experts whose input is zero for tokens that did not choose them have a bias, which those get, too"
-            raise _ChosenInside(Refusal(reason, node))
+            raise ChosenBefore(Refusal(reason, node))
     else:
-        weights = tuple(w for w in weights if not _says_chosen(reader, w, slot, choices))
+        weights = tuple(w for w in weights if not says_chosen(reader, w, slot, choices))
     if weights and (between or any(c.factors for c in choices)):
         raise Unreadable(Refusal("routing weights stand before the experts and behind them", node))
     if weights:
@@ -333,38 +280,6 @@ def _expert(reader: Reader, sum_: _Sum, node: Node, tokens: set[Var]) -> Expert:
         slot, choices, w2, inner, gate.x, gate.width, activation, gate.matrix, up.matrix if up else None,
         "input" if weights else "output", sum_.bias, gate.bias, up.bias if up else None, gate.given, gate.casts,
     )  # fmt: skip
-
-
-def _says_chosen(reader: Reader, weight: Expr, slot: Index | None, choices: tuple[Choice, ...]) -> bool:
-    """Whether a factor of the experts' input is one for the tokens that chose the expert: the others are weighed
-    by zero."""
-    found = None if slot is None or slot.has_datum() else find_choices(reader, weight, slot)
-    if found is None or any(c.factors or not (c.any or are_distinct(c)) for c in found):
-        return False
-    return len(found) == 1 and _covered(list(choices), found)
-
-
-def _chosen_inside(
-    reader: Reader, slot: Index | None, weights: tuple[Expr, ...], node: Node
-) -> tuple[Index, tuple[Choice, ...], tuple[Expr, ...]]:
-    """Who chose an expert, read from the factors of its input: ``sum over j of [ids[t, j] == e] * p[t, j]``.
-
-    An activation of zero is zero, so an expert whose input is zero adds nothing; but it is not linear, so each
-    expert must have been chosen once at most.
-    """
-    for f in weights:
-        for candidate in [slot] if slot is not None else _numbers(reader, f):
-            picks = find_choices(reader, f, candidate)
-            if picks is None:
-                continue
-            if len(picks) != 1 or not are_distinct(picks[0]):
-                reason = "an expert that is chosen twice gets one input weighed by both; choose with topk"
-                raise _ChosenInside(Refusal(reason, node))
-            others = list(weights)
-            others.remove(f)
-            pick = _at_choice(replace(picks[0], any=False), candidate)
-            return candidate, (replace(pick, factors=()),), (*pick.factors, *others)
-    raise Unreadable
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sm12x_compile.index_algebra.index import mul
 from sm12x_compile.match import CannotArrange, GraphView, Refusal, refine
 
 from .choice import Choice, are_in_range
+from .dispatch import CAPACITY
 from .expert_weights import Joined, Weights, is_transposed, join_gate_and_up, lay_out
 from .experts import Block, Expert
 from .packed_experts import packed_experts
@@ -132,7 +133,9 @@ class Emitter:
     def _uncast_input(self) -> Node:
         allowed = {*self.block.tokens, self.weights.width}
         element = self.expert.x
-        if element.vars() - allowed or any(ix.has_datum() for ix in element.index):
+        if element.vars() - allowed:
+            raise Unreadable(Refusal(f"the experts' input is not one row for each token: {CAPACITY}", element.node))
+        if any(ix.has_datum() for ix in element.index):
             raise Unreadable(Refusal("the experts' input is not one row for each token", element.node))
         if element.node.meta["val"].dtype not in FLOATS:
             raise Unreadable(Refusal("the experts' input is no plain floating-point tensor", element.node))
@@ -155,7 +158,7 @@ class Emitter:
         """``[T, K]`` integers; places counted from the end become what they mean."""
         ((atom, _),) = choice.ids.terms.items()
         assert isinstance(atom, Datum)
-        ids = self._placed(atom.element, [self.block.tokens, choice.vars])
+        ids = self._placed(self._looked_up(atom.element), [self.block.tokens, choice.vars])
         if choice.ids.const != 0:
             ids = self.graph.call(aten.add.Tensor, ids, self.graph.size(choice.ids.const))
         slot = self.block.experts[0].slot
@@ -167,6 +170,21 @@ class Emitter:
             wrapped = self.graph.call(aten.add.Tensor, ids, experts)
             ids = self.graph.call(aten.where.self, self.graph.call(aten.lt.Scalar, ids, 0), wrapped, ids)
         return ids
+
+    def _looked_up(self, element: Element) -> Element:
+        """Ids that stand in a table's row for each token (experts chosen by a hash of the token), as one tensor."""
+        places = [k for k, ix in enumerate(element.index) if ix.has_datum()]
+        if len(places) != 1 or len(element.index[places[0]].terms) != 1 or element.index[places[0]].const != 0:
+            return element
+        ((atom, c),) = element.index[places[0]].terms.items()
+        if not isinstance(atom, Datum) or c != 1 or atom.element.vars() - {*self.block.tokens}:
+            return element
+        rows = self.graph.call(aten.reshape.default, self._placed(atom.element, [self.block.tokens, ()]), [-1])
+        table = self.graph.call(aten.index.Tensor, element.node, [*[None] * places[0], rows])
+        row: Index = Index()
+        for v in self.block.tokens:
+            row = row * v.extent + Index.of(v)
+        return Element(table, (*element.index[: places[0]], row, *element.index[places[0] + 1 :]))
 
     def _weights(self, choice: Choice, x: Node) -> Node:
         """``[T, K]`` routing weights: the product of all factors."""

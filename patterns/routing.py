@@ -79,7 +79,7 @@ class _Routing:
         last = argument(self.topk, 2, "dim", -1) % self.rank == self.rank - 1
         if not last or not argument(self.topk, 3, "largest", True):
             raise Unreadable(Refusal("experts are not chosen as the largest of the last dimension", self.topk))
-        if self.ids.index[-1] != self.place[1]:
+        if self.ids.index[-1] != self.place[1] or not same_size(args_of(self.topk)[1], choice.extent):
             raise Unreadable(Refusal("the experts that are used are not all that top-k chose", self.topk))
         self.row = self.ids.index[:-1]
         self.experts = Var("e", shape_of(operand(self.topk))[-1])
@@ -168,8 +168,10 @@ class _Routing:
             call = chooser(picks[0].ids)
             if call is None or call[0].target is not aten.topk.default:
                 break
-            how = self._group_score(call[0], call[1], base, groups, size)
             count = args_of(call[0])[1]
+            if len(picks[0].vars) != 1 or not same_size(picks[0].vars[0].extent, count):
+                raise Unreadable(Refusal("the groups that are used are not all that top-k chose", node))
+            how = self._group_score(call[0], call[1], base, groups, size)
             return replace(found, n_group=groups, topk_group=count, group_score=how)
         raise Unreadable(Refusal("the mask of the scores is no choice of whole groups", node))
 

@@ -473,7 +473,42 @@ def dispatched_and_combined_by_einsum():
             y = torch.einsum("eth,ehd->etd", h, self.down) + self.down_bias
             return torch.einsum("etd,te->td", y, combine)
 
-    return Feed(), lambda d: (lambda x, ids, p: (x, ids, p))(*routed(d))
+    return Feed(), routed
+
+
+@case(form="dense", experts=E, top_k=K, activation="silu", gate_and_up="apart")
+def dispatched_where_the_combining_weight_is_not_zero():
+    class Feed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(D, E, bias=False)
+            self.w1, self.w3, self.w2 = weight(E, D, H), weight(E, D, H), weight(E, H, D)
+
+        def forward(self, x):
+            x = x.flatten(0, 1)
+            p, ids = self.router(x).softmax(-1).topk(K, dim=-1)
+            combine = torch.einsum("tke,tk->te", F.one_hot(ids, E).to(x.dtype), p / p.sum(-1, keepdim=True))
+            rows = torch.einsum("te,td->etd", (combine > 0).to(x.dtype), x)
+            h = F.silu(torch.einsum("etd,edh->eth", rows, self.w1)) * torch.einsum("etd,edh->eth", rows, self.w3)
+            return torch.einsum("eth,ehd,te->td", h, self.w2, combine)
+
+    return Feed(), tokens
+
+
+@case(form="gathered", experts=E, top_k=K, activation="silu")
+def experts_by_a_hash_of_the_token():
+    class Feed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Buffer(torch.stack([torch.randperm(E)[:K] for _ in range(32)]))
+            self.w13, self.w2 = weight(E, 2 * H, D), weight(E, D, H)
+
+        def forward(self, x, token, p):
+            ids = self.table[token]
+            gate, up = torch.einsum("bskhd,bsd->bskh", self.w13[ids], x).chunk(2, -1)
+            return torch.einsum("bskdh,bskh,bsk->bsd", self.w2[ids], F.silu(gate) * up, p)
+
+    return Feed(), lambda d: (d.randn(d.B, d.S, D), d.ints(0, 32, d.B, d.S), d.randn(d.B, d.S, K).softmax(-1))
 
 
 @case(form="dense", experts=E, top_k=K, activation="silu", gate_and_up="apart")
@@ -580,6 +615,69 @@ def expert_choice():
             p, chosen = scores.T.topk(3, dim=-1)
             y = torch.bmm(F.silu(torch.bmm(x[chosen], self.w1)), self.w2) * p[..., None]
             return torch.zeros_like(x).index_add(0, chosen.flatten(), y.flatten(0, 1))
+
+    return Feed(), tokens
+
+
+@case(refused=True)
+def added_where_one_of_the_first_choices_is_the_expert():
+    def feed(x, router, up, down):
+        p, ids = (x.flatten(0, 1) @ router).softmax(-1).topk(3)
+        out = torch.zeros_like(x.flatten(0, 1))
+        for e in range(E):
+            y = F.silu(x.flatten(0, 1) @ up[e]) @ down[e]
+            share = (p * (ids == e)).sum(-1, keepdim=True)
+            out = torch.where((ids[:, :2] == e).any(-1, keepdim=True), out + y * share, out)
+        return out
+
+    return feed, lambda d: (*tokens(d), d.randn(D, E), d.randn(E, D, H), d.randn(E, H, D))
+
+
+@case(refused=True)
+def last_expert_for_the_first_choices_only():
+    def feed(x, router, up, down):
+        p, ids = (x.flatten(0, 1) @ router).softmax(-1).topk(3)
+        out = torch.zeros_like(x.flatten(0, 1))
+        for e in range(E):
+            chosen = torch.where(ids == e, p, 0)
+            share = chosen[:, : 2 if e == E - 1 else 3].sum(-1, keepdim=True)
+            out = out + share * (F.silu(x.flatten(0, 1) @ up[e]) @ down[e])
+        return out
+
+    return feed, lambda d: (*tokens(d), d.randn(D, E), d.randn(E, D, H), d.randn(E, H, D))
+
+
+@case(sites=None)
+def all_experts_and_the_first_two_again():
+    def feed(x, ids, p, up, down):
+        chosen = (ids[..., None] == torch.arange(E)).to(p.dtype)
+        shares, again = torch.einsum("tke,tk->te", chosen, p), torch.einsum("tke,tk->te", chosen[..., :2], p)
+        h = F.silu(torch.einsum("td,ehd->teh", x, up))
+        first = F.silu(torch.einsum("td,ehd->teh", x, up[:2]))
+        return torch.einsum("teh,edh,te->td", h, down, shares) + torch.einsum("teh,edh,te->td", first, down[:2], again)
+
+    return feed, lambda d: (*routed(d), d.randn(E, H, D), d.randn(E, D, H))
+
+
+@case(refused=True)
+def tokens_beyond_the_capacity_dropped():
+    class Feed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = nn.Linear(D, E, bias=False)
+            self.up, self.down = weight(E, D, H), weight(E, H, D)
+
+        def forward(self, x):
+            x = x.flatten(0, 1)
+            p, ids = self.router(x).softmax(-1).max(dim=-1)
+            capacity = max(1, x.shape[0] // E)
+            chosen = F.one_hot(ids, E)
+            place = (chosen.cumsum(0) - 1) * chosen
+            kept = (place < capacity) & (chosen > 0)
+            dispatch = (F.one_hot(place.clamp(0, capacity - 1), capacity) * kept[..., None]).to(x.dtype)
+            rows = torch.einsum("tec,td->ecd", dispatch, x)
+            y = torch.einsum("ech,ehd->ecd", F.relu(torch.einsum("ecd,edh->ech", rows, self.up)), self.down)
+            return torch.einsum("tec,ecd->td", dispatch * p[:, None, None], y)
 
     return Feed(), tokens
 

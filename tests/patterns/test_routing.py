@@ -137,9 +137,31 @@ def smallest(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return p, ids
 
 
+def first_of_chosen(renormalised: str) -> Router:
+    def router(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        p, ids = logits.softmax(-1).topk(K + 1)
+        if renormalised == "all":
+            p = p / p.sum(-1, keepdim=True)
+        used = 1 if renormalised == "one" else K
+        p, ids = p[:, :used], ids[:, :used]
+        return p / p.sum(-1, keepdim=True) if renormalised != "all" else p, ids
+
+    return router
+
+
+def first_of_the_best_groups(logits: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    scores = logits.sigmoid()
+    members = (scores + bias).view(-1, 4, E // 4)
+    chosen = members.topk(2, dim=-1)[0].sum(-1).topk(2, dim=-1)[1][:, :1]
+    mask = torch.zeros(logits.shape[0], 4).scatter_(1, chosen, 1).unsqueeze(-1).expand(-1, 4, E // 4)
+    ids = (scores + bias).masked_fill(~mask.reshape(-1, E).bool(), float("-inf")).topk(K)[1]
+    return scores.gather(1, ids), ids
+
+
 @pytest.mark.parametrize(
     "router",
     [
+        *(first_of_chosen(how) for how in ("used", "one", "all")), first_of_the_best_groups,
         rounded_before_the_choice, weights_with_the_bias, sigmoid_of_chosen_logits, divided_by_all, scores_of_others,
         smallest,
     ],

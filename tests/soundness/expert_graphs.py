@@ -24,8 +24,8 @@ PARTS: dict[str, tuple[Any, ...]] = {
     ),
     "routing": ("softmax", "renormalised", "of_chosen", "sigmoid", "groups", "given"),
     "picking": (
-        "equal", "where", "one_hot", "scatter", "scatter_add", "filled_softmax", "filled_sigmoid", "looked_up", "divided",
-        "each",
+        "equal", "where", "one_hot", "scatter", "scatter_add", "filled_softmax", "filled_sigmoid", "looked_up",
+        "divided", "each",
     ),
     "dispatched": (False, False, True),
     "sorting": ("argsort", "sort", "k_major"),
@@ -52,6 +52,7 @@ MUTATIONS = (
     "scores_rounded", "hidden_returned", "shares_returned", "bias_chosen_and_weighed", "input_scaled_by_expert",
     "groups_filled_with_zero", "group_of_neighbour", "gate_squared", "rows_of_tokens", "input_of_choice",
     "filled_with_less", "dispatched_to_next", "weighed_twice", "norm_behind", "other_constant", "choices_swapped",
+    "chosen_first_only",
 )  # fmt: skip
 
 
@@ -313,7 +314,9 @@ def _dense(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: lis
     inside = spec.weigh == "input" and spec.form != "picked"
     if inside or (spec.dispatched and spec.form != "picked"):
         given = ids + 1 if spec.has("dispatched_to_next") else ids
-        factor = shares if inside else (given[..., None] == torch.arange(spec.E)).any(1)
+        given = given[:, : spec.K - 1] if spec.has("chosen_first_only") and spec.K > 1 else given
+        chosen = shares > 0 if spec.seed % 2 else (given[..., None] == torch.arange(spec.E)).any(1)
+        factor = shares if inside else chosen
         rows, others = (r * factor.T[..., None] for r in (rows, others))
     h = linear(rows, w13)
     up = linear(others, w3) if spec.gate == "apart" else None
@@ -371,7 +374,8 @@ def _loop(spec: Spec, t: Tensors, x: Tensor, ids: Tensor, p: Tensor, extra: list
             for k, other in enumerate(columns):
                 out = out + torch.where((ids[:, k] == asked)[:, None], p[:, other, None] * y, 0)
         elif spec.seed % 3 == 0:
-            out = torch.where(chosen.any(-1, keepdim=True), out + y * share, out)
+            some = chosen[:, : spec.K - 1] if spec.has("chosen_first_only") and spec.K > 1 else chosen
+            out = torch.where(some.any(-1, keepdim=True), out + y * share, out)
         else:
             out = out + y * share
         if spec.has("expert_twice") and e == 2:
