@@ -331,6 +331,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _report_refusals(known: int) -> None:
-    """Report what has been refused since there were `known` refusals."""
+    """Report what has been refused since there were `known` refusals, and no longer what was rewritten in vain."""
     for code, (line, reason) in list(frame.refused.items())[known:]:
         breaks.say_refused(code, line, reason)
+    for code in frame.silent:
+        breaks.take_back(code, _rewritten[code])
