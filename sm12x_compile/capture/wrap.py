@@ -299,6 +299,9 @@ def _learn(error: BaseException) -> bool:
             _rewritten[code] = found
             originals[found.code] = code
             return True
+    if frames and not any(code in frame.refused for code, _, _ in frames):
+        code, line, _ = frames[0]
+        frame.refused[code] = (line, _first_line(error))
     return False
 
 
