@@ -34,6 +34,14 @@ def say_rewritten(code: CodeType, rewritten: Rewritten, *, by_count: bool) -> No
     _say(describe(code, rewritten, by_count=by_count))
 
 
+def take_back(code: CodeType, rewritten: Rewritten) -> None:
+    """Say no longer that a function was rewritten for its branches on a count."""
+    line = describe(code, rewritten, by_count=True)
+    for report in active_reports():
+        if line in report.code_rewrites:
+            report.code_rewrites.remove(line)
+
+
 def say_refused(code: CodeType, line: int, reason: str) -> None:
     _say(f"{place(code, line)} {_name(code)}: left as it is: {reason}")
 

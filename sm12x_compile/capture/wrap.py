@@ -299,6 +299,9 @@ def _learn(error: BaseException) -> bool:
             _rewritten[code] = found
             originals[found.code] = code
             return True
+    if frames and not any(code in frame.refused for code, _, _ in frames):
+        code, line, _ = frames[0]
+        frame.refused[code] = (line, _first_line(error))
     return False
 
 
@@ -331,6 +334,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _report_refusals(known: int) -> None:
-    """Report what has been refused since there were `known` refusals."""
+    """Report what has been refused since there were `known` refusals, and no longer what was rewritten in vain."""
     for code, (line, reason) in list(frame.refused.items())[known:]:
         breaks.say_refused(code, line, reason)
+    for code in frame.silent:
+        breaks.take_back(code, _rewritten[code])

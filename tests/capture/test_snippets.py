@@ -19,7 +19,7 @@ import sm12x_compile
 from sm12x_compile.report import Report
 
 from ..handwritten.rename import renamed
-from . import snippets
+from . import memory, samplers, snippets
 from .snippets import COMPILED, REFUSED, Rounding, Snippet
 
 logging.getLogger("snippets").setLevel(logging.ERROR)
@@ -56,7 +56,7 @@ def assert_same(got: Any, wanted: Any, rounding: Rounding) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("snippet", COMPILED, ids=lambda s: s.name)
+@pytest.mark.parametrize("snippet", [*COMPILED, *memory.COMPILED, *samplers.COMPILED], ids=lambda s: s.name)
 def test_one_graph_and_the_same_results(snippet: Snippet) -> None:
     function = made(snippet)
     call = compiled(function, fullgraph=True)
@@ -72,10 +72,10 @@ def marked_line(function: Callable[..., Any]) -> str:
     source = type(function).forward if isinstance(function, nn.Module) else function
     lines, first = inspect.getsourcelines(source)
     (line,) = [first + k for k, text in enumerate(lines) if "# refused" in text]
-    return f"snippets.py:{line} "
+    return f"{Path(inspect.getfile(source)).name}:{line} "
 
 
-@pytest.mark.parametrize("snippet", REFUSED, ids=lambda s: s.name)
+@pytest.mark.parametrize("snippet", [*REFUSED, *memory.REFUSED, *samplers.REFUSED], ids=lambda s: s.name)
 def test_what_is_refused_names_its_line_and_runs_as_written(snippet: Snippet) -> None:
     function = made(snippet)
     call = compiled(function, fullgraph=False)

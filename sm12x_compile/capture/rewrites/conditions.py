@@ -42,10 +42,17 @@ class Conditions:
             return out
         if isinstance(test, ast.Compare) and len(test.ops) > 1:
             operands = [test.left, *test.comparators]
+            out = []
+            if len(test.ops) == 2:  # the first two are always evaluated, in this order
+                for k in range(2):
+                    if not isinstance(operands[k], (ast.Name, ast.Constant)):
+                        held = self.fresh("h")
+                        out.append(_assign(held, self.expressions.of(operands[k], under), test))
+                        operands[k] = load(held)
             if all(isinstance(e, (ast.Name, ast.Constant)) for e in operands[1:-1]):
                 pairs = zip(operands, test.ops, operands[1:], strict=False)
                 parts: list[ast.expr] = [ast.copy_location(ast.Compare(a, [op], [b]), test) for a, op, b in pairs]
-                return self.compute(ast.copy_location(ast.BoolOp(ast.And(), parts), test), into, under)
+                return [*out, *self.compute(ast.copy_location(ast.BoolOp(ast.And(), parts), test), into, under)]
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             out = self.compute(test.operand, into, under)
             return [*out, _assign(into, helper("not_", load(into)), test)]

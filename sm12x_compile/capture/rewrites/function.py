@@ -243,7 +243,12 @@ class _Function:
                 _located(ast.Expr(helper("setitem", load(owner), load(at), changed, predicate(under))), s),
             ]
         s.value = helper("escaping", value, ast.Constant("is stored"))
-        return [*self.certain(under, "an attribute or item is set", s), s]
+        if under is None or not isinstance(s.target, ast.Attribute):
+            return [*self.certain(under, "an attribute or item is set", s), s]
+        held = ast.Attribute(copy.deepcopy(s.target.value), s.target.attr, ast.Load())
+        written = helper("augmented_tensor", _operator(operation), held, copy.deepcopy(s.value), load(under))
+        surely = ast.Compare(load(under), [ast.Is()], [ast.Constant(None)])
+        return [_located(ast.If(surely, [s], [_located(ast.Expr(written), s)]), s)]
 
     def branch(self, s: ast.If, under: str | None, live: Names) -> list[ast.stmt]:
         if is_plain(s.test):

@@ -25,7 +25,7 @@ from .predicates import and_, any_of, certainly, is_data, may, may_not, not_, or
 from .rows import nonzero
 from .selection import unique
 from .trace import check, mark
-from .writes import augmented, method
+from .writes import augmented, augmented_tensor, method
 
 slice = slice
 
@@ -35,6 +35,7 @@ __all__ = [
     "any_of",
     "any_test",
     "augmented",
+    "augmented_tensor",
     "bincount",
     "call_method",
     "certain",

@@ -84,7 +84,7 @@ def _at_least_zero(relation: Any) -> Any:
     """A relation of whole numbers as an expression that is not negative where it holds; None if it is no bound."""
     kinds = {sympy.Ge: (1, 0), sympy.Gt: (1, 1), sympy.Le: (-1, 0), sympy.Lt: (-1, 1)}
     sign, strict = kinds.get(type(relation), (0, 0))
-    if not sign or any(not s.is_integer for s in relation.free_symbols):
+    if not sign or not (relation.lhs - relation.rhs).is_integer:
         return None
     return sympy.expand(sign * (relation.lhs - relation.rhs) - strict)
 
@@ -93,8 +93,7 @@ def _at_least_zero(relation: Any) -> Any:
 def _device() -> str:
     """Where the graph computes."""
     for tracer in tracers():
-        nodes = tracer.output.graph.find_nodes(op="placeholder")
-        values = [n.meta.get("example_value") for n in nodes]
+        values = [n.meta.get("example_value") for n in tracer.output.graph.nodes]
         found = {str(v.device) for v in values if isinstance(v, torch.Tensor)} - {"cpu"}
         if len(found) > 1:
             restart_without("a condition on a count, and the graph computes on several devices")

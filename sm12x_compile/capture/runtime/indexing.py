@@ -15,7 +15,7 @@ from .refusal import refuse
 from .rows import BeforeRows, Rows
 from .rowwise import aligned, mixes, over
 from .selection import Count, HitRow, Selection
-from .writes import in_range, put_masked, put_rows, under_condition
+from .writes import in_range, put_masked, put_one, put_rows, under_condition
 
 
 def _entries(index: Any) -> tuple[Any, ...]:
@@ -227,10 +227,15 @@ def setitem(x: Any, index: Any, value: Any, under: Predicate | None) -> None:
         return
     places = _one_index(entries)
     if places >= 0 and (not isinstance(value, Tensor) or value.ndim <= x.ndim):
-        index: list[Tensor | None] = [None] * places
-        index.append(in_range(entries[places], x.shape[places], under))
-        value = value.to(x.dtype) if isinstance(value, Tensor) else x.new_full((), value)
-        under_condition(x, torch.ops.aten.index_put.default(x, index, value), under)
+        value = value if isinstance(value, Tensor) else x.new_full((), value)
+        if entries[places].shape == (1,):
+            # One position, negative if it counts from the end.
+            index = torch.where(entries[places] < 0, entries[places] + x.shape[places], entries[places])
+            under_condition(x, put_one(x, places, index, value, under), under)
+            return
+        known: list[Tensor | None] = [None] * places
+        known.append(in_range(entries[places], x.shape[places], under))
+        under_condition(x, torch.ops.aten.index_put.default(x, known, value.to(x.dtype)), under)
         return
     changed = x.clone()
     changed[key] = value

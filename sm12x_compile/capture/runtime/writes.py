@@ -224,6 +224,8 @@ def method(x: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], und
         return getattr(x, name)(*args, **kwargs)
     if name in ("index_copy_", "index_add_") and len(args) == 3 and not kwargs:
         dim, index, source = args
+        if name == "index_copy_" and index.numel() == 1 and source.dtype == x.dtype:
+            return under_condition(x, put_one(x, dim, index, source, under), under)
         function = aten.index_copy.default if name == "index_copy_" else aten.index_add.default
         return under_condition(x, function(x, dim, in_range(index, x.shape[dim], under), source), under)
     changed = getattr(x.clone(), name)(*args, **kwargs)
@@ -235,6 +237,16 @@ def in_range(index: Tensor, size: int, under: Predicate) -> Tensor:
     if size == 0:
         refuse("an empty tensor is written under a condition")
     return torch.where(under.tensor(), index, 0)
+
+
+def put_one(x: Tensor, dim: int, index: Tensor, value: Tensor, under: Predicate) -> Tensor:
+    """`x` with the only position in `index` replaced: a choice for each element, which takes no kernel of its own."""
+    places = torch.arange(x.shape[dim], device=x.device)
+    # Read from the positions, so that one out of range is the error that it is in the author's code.
+    place = aten.index_select.default(places, 0, in_range(index.reshape(1), x.shape[dim], under))
+    hit = (places == place).reshape([-1] + [1] * (x.ndim - 1 - dim % x.ndim))
+    one = [1 if d == dim % x.ndim else n for d, n in enumerate(x.shape)]
+    return torch.where(hit, value.to(x.dtype).expand(one), x)
 
 
 def under_condition(x: Tensor, changed: Tensor, under: Predicate) -> Tensor:
@@ -260,6 +272,13 @@ def augmented(operation: Any, x: Any, y: Any, under: Predicate | None) -> Any:
     return under_condition(x, operation(x.clone(), y), under)
 
 
+def augmented_tensor(operation: Any, x: Any, y: Any, under: Predicate) -> None:
+    """``owner.x += y`` under a condition: of a tensor a write of its memory, after which the attribute is as it was."""
+    if not isinstance(x, Tensor):
+        refuse("an attribute is set under a condition that depends on tensor values")
+    augmented(operation, x, y, under)
+
+
 def _augmented_rows(operation: Any, x: Rows, y: Any) -> Rows:
     if not x.fresh:
         mixes("augmented assignment", "a view of rows is written in place")
@@ -272,4 +291,4 @@ def _augmented_rows(operation: Any, x: Rows, y: Any) -> Rows:
     return x
 
 
-__all__ = ["augmented", "elementwise", "method", "put_masked", "put_rows", "scatter", "under_condition"]
+__all__ = ["augmented", "augmented_tensor", "elementwise", "method", "put_masked", "put_rows", "scatter", "under_condition"]
