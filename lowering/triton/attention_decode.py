@@ -30,12 +30,11 @@ def decode_launch(
     k_segments: Tensor | None = None, bias: Tensor | None = None, softcap: float = 0.0,
     sinks: Tensor | None = None, empty_rows: str = "zero", out_dtype: torch.dtype | None = None,
     *, tiles: DecodeTiles, splits: int, q_rope: Tensor | None = None, k_rope: Tensor | None = None,
-    pdl: bool = False, follows: bool = False,
+    pdl: bool = False,
 ) -> tuple[Tensor, dict[str, Any], tuple[int, int, int], dict[str, Any] | None]:  # fmt: skip
     """Storage of the result, the kernel's arguments by name, its grid, and the combining kernel's arguments.
 
     pdl: see `launches_early`.
-    follows: the kernel launched last is one of ours that lets this one start early.
     """
     B, Hq, S, _ = q.shape
     Hkv, DV = k.shape[1], v.shape[3]
@@ -52,7 +51,6 @@ def decode_launch(
     a["SHARED"] = v is k and not a["D_REST"]  # latents are keys and values at once
     a["BLOCK_R"], a["BLOCK_N"] = tiles.block_r, tiles.block_n
     a["PREFETCH"] = tiles.prefetch if k.device.type != "cpu" and k.stride(-1) == 1 else 0  # not interpreted
-    a["EARLY"] = pdl and follows and a["PREFETCH"] > 0
     a["PDL"] = pdl
     a["partial"] = None
     grid = (B * Hkv, splits, -(-S * (Hq // Hkv) // tiles.block_r))

@@ -49,30 +49,24 @@ def decode_kernel(
     DV: tl.constexpr, DV_MAIN: tl.constexpr, DV_REST: tl.constexpr,
     CAUSAL: tl.constexpr, BIAS: tl.constexpr, NATURAL: tl.constexpr, EMPTY: tl.constexpr,
     IEEE: tl.constexpr, WIDE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * KV_HEADS, splits, cdiv(S * GROUP, BLOCK_R)).
 
     PREFETCH: how many blocks of keys are called into the L2 ahead of their loads (contiguous rows only); 0 for none.
-    EARLY: whether the first ones are called while the kernel before this one still runs.
     PDL: see `arguments.launches_early`.
 
     partial: fp32 ``[B, Hq, S, splits, DV]``, values not yet divided, and behind it ``[B, Hq, S, splits, 2]``, their
     running maximum and sum. None if there is one split, and `out` is written at once.
     """
     UNIT: tl.constexpr = LOG2E if NATURAL else 1.0
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     bh = tl.program_id(0)
     b = (bh // KV_HEADS).to(tl.int64)
     hk = (bh % KV_HEADS).to(tl.int64)
     split = tl.program_id(1)
-    k_base = k + b * stride_kb + hk * stride_kh
-    if PDL:
-        gdc_launch_dependents()
-        if EARLY:  # where its keys begin if all of the cache counts; reads nothing that may not be written yet
-            guess = tl.maximum(tl.cdiv(tl.cdiv(T, BLOCK_N), splits), 2) * split * BLOCK_N
-            early = tl.minimum(guess + tl.arange(0, BLOCK_N), T - 1).to(tl.int64)
-            _prefetch_rows(k_base + early * stride_kt, D * k.dtype.element_ty.primitive_bitwidth // 8)
-        gdc_wait()
     first_row = tl.program_id(2) * BLOCK_R
     row = first_row + tl.arange(0, BLOCK_R)
     valid = row < S * GROUP
@@ -100,6 +94,7 @@ def decode_kernel(
     if ROPE > 0:
         q_turned_rows = q_rope + b * stride_qrb + (h * stride_qrh + s.to(tl.int64) * stride_qrs)[:, None]
         q_turned = _load_columns(q_turned_rows, valid, stride_qrd, 0, ROPE_PAD, ROPE)
+    k_base = k + b * stride_kb + hk * stride_kh
     v_base = v + b * stride_vb + hk * stride_vh
     if k_segments is not None:
         q_seg = tl.load(q_segments + b * stride_qsb + s.to(tl.int64) * stride_qss, mask=valid, other=0)

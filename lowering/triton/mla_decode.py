@@ -105,9 +105,8 @@ def run_mla_decode(
 
     keys, pdl = latent[:, None], launches_early(q)
     out, arguments, grid, combine = decode_launch(
-        q, keys, keys, *args, **kwargs, tiles=tiles, splits=splits, q_rope=q_rope, k_rope=k_rope, pdl=pdl,
-        follows=follows,
-    )  # fmt: skip
+        q, keys, keys, *args, **kwargs, tiles=tiles, splits=splits, q_rope=q_rope, k_rope=k_rope, pdl=pdl
+    )
     if not out.numel() or not arguments["T"]:
         return out.zero_().transpose(1, 2)
     with device_guard(out):

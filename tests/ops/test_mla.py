@@ -177,3 +177,11 @@ def test_cost_takes_the_cheaper_form() -> None:
     assert decode.flops == 2 * 128 * (4096 * (576 + 512) + 512 * 256)  # absorbed
     prefill = cost(2048, 2048)
     assert prefill.flops == 2 * 128 * (2048 * 2048 * (192 + 128) + 2048 * 512 * 256)  # expanded
+
+
+@pytest.mark.parametrize("T", [2048, 2052])
+def test_many_tokens(T: int) -> None:
+    """The mixture of many latents is summed in blocks, where these are whole."""
+    ops = operands(S=1, T=T)
+    q, k, v = expand(*ops)
+    assert torch.allclose(mla.reference(*ops, 0.3), F.scaled_dot_product_attention(q, k, v, scale=0.3))

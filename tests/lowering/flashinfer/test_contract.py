@@ -185,6 +185,16 @@ def test_causal_tile_of_latent_fa2() -> None:
     assert "tile_q = 64 * (2 if" in place.read_text() and latent.TILE_Q == 128
 
 
+def test_latent_fa3_is_made_for_the_cards_that_we_say() -> None:
+    """Its build asks for Hopper's own instructions; a tile has 64 rows."""
+    from flashinfer.jit.attention.modules import gen_batch_mla_module
+
+    source = inspect.getsource(inspect.unwrap(gen_batch_mla_module))
+    assert 'backend == "fa3"' in source and "sm90a_nvcc_flags" in source and latent.FA3_FAMILIES == ("sm9x",)
+    row = re.search(r"constexpr uint32_t CTA_TILE_Q = (\d+)", text("data/include/flashinfer/attention/mla_hopper.cuh"))
+    assert row is not None and int(row[1]) == latent.FA3_ROWS
+
+
 def test_delta_rule_runs_on_the_cards_that_we_say() -> None:
     source = text("gdn_prefill.py")
     for family in delta_rule.FAMILIES:
