@@ -29,11 +29,12 @@ def expert_kernel(
     x, w, scale, bias, out, ids, order, table, row_weights,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_wup, stride_se, stride_sn, stride_sup,
     stride_be, stride_bn, stride_bup, stride_om, stride_it, stride_ij, stride_rt, stride_rj,
-    M, N, K, E, tiles_n, alpha, limit,
+    M, N, K, Q, E, tiles_n, alpha, limit,
     SOURCE: tl.constexpr, TOPK: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, JOINED: tl.constexpr, SWAP: tl.constexpr, IEEE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WHOLE: tl.constexpr, TO_PLANES: tl.constexpr, PDL: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WHOLE: tl.constexpr, TOGETHER: tl.constexpr,
+    SPLIT: tl.constexpr, TO_PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * tiles_n,); column blocks of a tile run side by side.
 
@@ -90,8 +91,8 @@ def expert_kernel(
             offset = (first & 3).to(tl.int32)
             first = first >> 2
         acc, acc_up = packed_product(
-            x_at, live, w, scale + first, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, left, K // 4,
-            GATED, SWAP, IEEE, STAGES, BLOCK_M, BLOCK_N, BLOCK_K // 4, EVEN_N, EVEN_K, WHOLE,
+            x_at, live, w, scale + first, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, left, Q,
+            GATED, SWAP, IEEE, STAGES, BLOCK_M, BLOCK_N, BLOCK_K // 4, EVEN_N, EVEN_K, WHOLE, TOGETHER, SPLIT,
         )  # fmt: skip
     else:
         column = tl.arange(0, BLOCK_K)

@@ -72,7 +72,7 @@ def moe_packed(arch: Arch) -> Iterator[Launch]:
                 pair_tiles(summed=True), meta(16, K, dtype=FP32), meta(2, N, dtype=dtype), weight, ids, p,
                 wide=dtype == FP32, pdl=arch.pdl,
             )  # fmt: skip
-            yield Launch(f"{_case(name, dtype, gated)}, sum of pairs", pair_sum_kernel, arguments, 8, 1, matrix=False)
+            yield Launch(f"{_case(name, dtype, gated)}, sum of pairs", pair_sum_kernel, arguments, 4, 1, matrix=False)
             arguments = planes_arguments(meta(2048, K, dtype=dtype), meta(2048, K, dtype=dtype))
             yield Launch(
                 f"{name}, {str(dtype).removeprefix('torch.')}, planes", planes_kernel, arguments, 4, 2, matrix=False

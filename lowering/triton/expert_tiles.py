@@ -30,6 +30,7 @@ class ExpertTiles:
     swap: bool = False
     whole_scales: bool = False
     max_registers: int | None = None
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,13 @@ class PairTiles:
     num_warps: int
     num_stages: int
 
-    def block_q(self, words: int) -> int:
-        """Words at once for rows of so many: of the powers of two that leave the fewest idle, the largest."""
-        sizes = [1 << i for i in range(5, self.most_words.bit_length()) if 1 << i >= min(128, self.most_words)]
+    def block_q(self, words: int, choices: int = 1) -> int:
+        """Words at once for rows of so many: of the powers of two that leave the fewest idle, the largest.
+
+        choices: experts of a token whose rows are taken at once.
+        """
+        most = max(32, min(self.most_words, MOST_WORDS // choices))
+        sizes = [1 << i for i in range(5, most.bit_length()) if 1 << i >= min(64, most)]
         return min(sizes, key=lambda size: (-(-words // size) * size, -size))
 
 
@@ -69,6 +74,7 @@ class PairPlan:
     down: PairTiles
 
 
+MOST_WORDS = 1024  # of one row, in registers
 # Rows an expert gets on average, up to which a block of so many rows is taken: routing is uneven, and an expert
 # whose rows do not fit in one block is read twice.
 BLOCK_M = ((8, 16), (20, 32), (48, 64))
@@ -111,7 +117,7 @@ def expert_plan(
 
 def pair_tiles(summed: bool = False) -> PairTiles:
     """Tiles of the pair kernels; summed: of the one that adds up a token's experts."""
-    return PairTiles(4, 256, 8, 1) if summed else PairTiles(8, 512, 4, 1)
+    return PairTiles(4, 256, 4, 1) if summed else PairTiles(8, 512, 4, 1)
 
 
 def linear_tiles(arch: Arch, rows: int, dtype: torch.dtype) -> ExpertTiles | PairTiles:

@@ -186,9 +186,11 @@ def expert_launch(
     a |= dict(SWAP=tiles.swap and not weight["JOINED"], IEEE=x.dtype == torch.float32, STAGES=tiles.num_stages)
     a |= dict(TO_PLANES=planes, PDL=pdl, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k)
     a |= dict(EVEN_N=weight["N"] % tiles.block_n == 0, EVEN_K=weight["K"] % tiles.block_k == 0)
-    a["WHOLE"] = tiles.whole_scales and weight["scale"] is not None and weight["scale"].dtype == torch.int32
-    a["WHOLE"] &= x.dtype != torch.float32 and tiles.swap
-    a["WHOLE"] &= all(s is None or s % 4 == 0 for s in (a["stride_se"], a["stride_sn"], a["stride_sup"]))
+    a |= dict(Q=weight["K"] // 4, TOGETHER=tiles.together)
+    words = weight["scale"] is not None and weight["scale"].dtype == torch.int32 and x.dtype != torch.float32
+    aligned = all(s is None or s % 4 == 0 for s in (a["stride_se"], a["stride_sn"], a["stride_sup"]))
+    a["WHOLE"] = words and tiles.whole_scales and (aligned or tiles.block_k == 128)
+    a["SPLIT"] = a["WHOLE"] and not aligned
     return a, (blocks * tiles_n,)
 
 
