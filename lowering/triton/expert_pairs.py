@@ -22,7 +22,7 @@ def run_pairs(
     with device_guard(x):
         start_pairs(gate_up, x, h, first, ids, planes=True, pdl=pdl, **between)
         a, grid = sum_launch(down, h, out, second, ids, weights, wide=x.dtype == torch.float32, pdl=pdl)
-        pair_sum_kernel[grid](**a, num_warps=down.num_warps, num_stages=down.num_stages, launch_pdl=pdl)
+        pair_sum_kernel[grid](**a, num_warps=down.num_warps, launch_pdl=pdl)
     return out
 
 
@@ -34,7 +34,7 @@ def start_pairs(
     from .pair_kernel import pair_kernel
 
     a, grid = pair_launch(tiles, x, out, weight, ids, pdl=pdl, **between)
-    pair_kernel[grid](**a, num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=pdl)
+    pair_kernel[grid](**a, num_warps=tiles.num_warps, launch_pdl=pdl)
 
 
 def pair_launch(
