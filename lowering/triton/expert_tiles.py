@@ -200,7 +200,7 @@ def packed_tiles(arch: Arch, block_m: int, dtype: torch.dtype, gated: bool) -> E
             return ExpertTiles(64, 64, 128, 4, 3, True, True, None, True)
         return ExpertTiles(64, 128, 128, 8, 3, True, True)
     few = block_m == 16
+    most = (128 if few else 168) if arch.wgmma else None
     if gated:
-        return ExpertTiles(16 if few else 32, 64, 128, 4, 3, True, arch.wgmma, 128 if arch.wgmma else 168)
-    return ExpertTiles(16 if few else 32, 128, 128, 4, 3, True, arch.wgmma, 128 if few and arch.wgmma else 168,
-                       arch.wgmma)  # fmt: skip
+        return ExpertTiles(16 if few else 32, 64, 128, 4, 3, True, arch.wgmma, 128 if arch.wgmma else None)
+    return ExpertTiles(16 if few else 32, 128, 128, 4, 3, True, arch.wgmma, most, arch.wgmma)
