@@ -24,16 +24,17 @@ PAIRS: tl.constexpr = tl.constexpr(1)
 TABLE: tl.constexpr = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["M", "tiles_n"])
+@triton.jit(do_not_specialize=["M", "tiles_n", "first_expert"])
 def expert_kernel(
     x, w, scale, bias, out, ids, order, table, row_weights,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_wup, stride_se, stride_sn, stride_sup,
     stride_be, stride_bn, stride_bup, stride_om, stride_it, stride_ij, stride_rt, stride_rj,
-    M, N, K, E, tiles_n, alpha, limit,
+    M, N, K, Q, E, first_expert, tiles_n, alpha, limit,
     SOURCE: tl.constexpr, TOPK: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, JOINED: tl.constexpr, SWAP: tl.constexpr, IEEE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WHOLE: tl.constexpr, TO_PLANES: tl.constexpr, PDL: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, WHOLE: tl.constexpr, TOGETHER: tl.constexpr,
+    SPLIT: tl.constexpr, TO_PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles * tiles_n,); column blocks of a tile run side by side.
 
@@ -43,6 +44,7 @@ def expert_kernel(
     row_weights: ``[T, TOPK]``, multiplied to the product before the bias, or None.
     JOINED: gate and up alternate in neighbouring columns in memory, so both are read as one tile.
     TO_PLANES: write columns in planes; a program's rows of the weight are then taken plane by plane.
+    first_expert: the number of the first of the E experts that w holds; others' tiles are left out.
     PDL: see `arguments.launches_early`.
     """
     if PDL:
@@ -63,7 +65,8 @@ def expert_kernel(
         e = tl.load(table + 3 * tile)
         start = tl.load(table + 3 * tile + 1)
         count = tl.load(table + 3 * tile + 2)
-    if e < 0:
+    e -= first_expert
+    if (e < 0) | (e >= E):
         return
     at = tl.arange(0, BLOCK_M)
     live = at < count
@@ -90,8 +93,8 @@ def expert_kernel(
             offset = (first & 3).to(tl.int32)
             first = first >> 2
         acc, acc_up = packed_product(
-            x_at, live, w, scale + first, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, left, K // 4,
-            GATED, SWAP, IEEE, STAGES, BLOCK_M, BLOCK_N, BLOCK_K // 4, EVEN_N, EVEN_K, WHOLE,
+            x_at, live, w, scale + first, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, left, Q,
+            GATED, SWAP, IEEE, STAGES, BLOCK_M, BLOCK_N, BLOCK_K // 4, EVEN_N, EVEN_K, WHOLE, TOGETHER, SPLIT,
         )  # fmt: skip
     else:
         column = tl.arange(0, BLOCK_K)
@@ -133,7 +136,7 @@ def expert_kernel(
         acc = acc * p
         acc_up = acc_up * p
     if bias is not None:
-        b_at = bias + expert * stride_be + n * stride_bn
+        b_at = bias + (first_expert + expert) * stride_be + n * stride_bn
         acc += tl.load(b_at, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if GATED:
             acc_up += tl.load(b_at + stride_bup, mask=n < N, other=0.0).to(tl.float32)[None, :]

@@ -44,11 +44,12 @@ def moe_experts(arch: Arch) -> Iterator[Launch]:
 def moe_packed(arch: Arch) -> Iterator[Launch]:
     """Products of sorted rows with MXFP4 weights, of one packed weight, and of a few token-expert pairs."""
     from .expert_pairs import pair_launch, sum_launch
-    from .expert_tiles import expert_tiles, pair_tiles
+    from .expert_tiles import expert_tiles, pair_tiles, sum_tiles
     from .experts import SINGLE, expert_launch
     from .mxfp4_linear import planes_arguments
     from .order_kernel import planes_kernel
     from .pair_kernel import pair_kernel, pair_sum_kernel
+    from .unpack_kernel import unpack_kernel, unpack_launch
 
     for (name, form), dtype, gated in product(PACKED_FORMS.items(), (BF16, FP32), (True, False)):
         weight = _weight(gated, True, dtype, **form)
@@ -61,7 +62,7 @@ def moe_packed(arch: Arch) -> Iterator[Launch]:
                 arguments, _ = expert_launch(x, out, weight, tiles, source=SINGLE, blocks=160, rows=2048)
                 case = f"{_case(name, dtype, gated, rows)}, alone"
                 yield _of(case, tiles, arguments, dtype)
-        few, ids, p = pair_tiles(), meta(2, 8, dtype=torch.int64), meta(2, 8, dtype=FP32)
+        few, ids, p = pair_tiles(arch, 1e9), meta(2, 8, dtype=torch.int64), meta(2, 8, dtype=FP32)
         activation = dict(activation=form.get("activation", 1), alpha=1.7, limit=7.0) if gated else {}
         arguments, _ = pair_launch(
             few, meta(2, K, dtype=dtype), meta(16, N, dtype=FP32), weight, ids, planes=True, pdl=arch.pdl, **activation
@@ -69,10 +70,12 @@ def moe_packed(arch: Arch) -> Iterator[Launch]:
         yield Launch(f"{_case(name, dtype, gated)}, pairs", pair_kernel, arguments, 4, 1, matrix=False)
         if not gated:
             arguments, _ = sum_launch(
-                pair_tiles(summed=True), meta(16, K, dtype=FP32), meta(2, N, dtype=dtype), weight, ids, p,
+                sum_tiles(), meta(16, K, dtype=FP32), meta(2, N, dtype=dtype), weight, ids, p,
                 wide=dtype == FP32, pdl=arch.pdl,
             )  # fmt: skip
-            yield Launch(f"{_case(name, dtype, gated)}, sum of pairs", pair_sum_kernel, arguments, 8, 1, matrix=False)
+            yield Launch(f"{_case(name, dtype, gated)}, sum of pairs", pair_sum_kernel, arguments, 4, 1, matrix=False)
+            arguments, _ = unpack_launch(weight["w"].view(torch.uint8), _scales(N, K, **form), meta(32, N, K, dtype=dtype), 0, arch.pdl)
+            yield Launch(f"{_case(name, dtype, gated)}, unpacked", unpack_kernel, arguments, 4, 2, matrix=False)
             arguments = planes_arguments(meta(2048, K, dtype=dtype), meta(2048, K, dtype=dtype))
             yield Launch(
                 f"{name}, {str(dtype).removeprefix('torch.')}, planes", planes_kernel, arguments, 4, 2, matrix=False
@@ -92,11 +95,15 @@ def _weight(
     from .experts import weight_operands
 
     E, (N, K) = 32, (2 * inner, D) if gated else (D, inner)
-    scale = meta(E, N, K // 32 + scale_bytes, dtype=torch.uint8)[..., : K // 32] if packed else None
+    scale = _scales(N, K, scale_bytes) if packed else None
     w: Tensor = meta(E, N, K // 2, dtype=torch.uint8) if packed else meta(E, N, K, dtype=dtype)
     if layout == "ekn":
         w = meta(E, K, N, dtype=dtype).mT
     return weight_operands(w, scale, meta(E, N, dtype=dtype) if biased else None, gated, gated and interleaved)
+
+
+def _scales(N: int, K: int, scale_bytes: bool = False, **_: Any) -> Tensor:
+    return meta(32, N, K // 32 + scale_bytes, dtype=torch.uint8)[..., : K // 32]
 
 
 def _launch(
@@ -119,7 +126,9 @@ def _launch(
 def _of(case: str, tiles: Any, arguments: dict[str, Any], dtype: torch.dtype) -> Launch:
     from .expert_kernel import expert_kernel
 
-    return Launch(case, expert_kernel, arguments, tiles.num_warps, tiles.num_stages, matrix=dtype != FP32)
+    return Launch(
+        case, expert_kernel, arguments, tiles.num_warps, tiles.num_stages, tiles.max_registers, matrix=dtype != FP32
+    )
 
 
 @space("moe_order_and_route")

@@ -22,7 +22,7 @@ def run_pairs(
     with device_guard(x):
         start_pairs(gate_up, x, h, first, ids, planes=True, pdl=pdl, **between)
         a, grid = sum_launch(down, h, out, second, ids, weights, wide=x.dtype == torch.float32, pdl=pdl)
-        pair_sum_kernel[grid](**a, num_warps=down.num_warps, num_stages=down.num_stages, launch_pdl=pdl)
+        pair_sum_kernel[grid](**a, num_warps=down.num_warps, launch_pdl=pdl)
     return out
 
 
@@ -34,7 +34,7 @@ def start_pairs(
     from .pair_kernel import pair_kernel
 
     a, grid = pair_launch(tiles, x, out, weight, ids, pdl=pdl, **between)
-    pair_kernel[grid](**a, num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_pdl=pdl)
+    pair_kernel[grid](**a, num_warps=tiles.num_warps, launch_pdl=pdl)
 
 
 def pair_launch(
@@ -67,7 +67,7 @@ def sum_launch(
     a["stride_rt"], a["stride_rj"] = (None, None) if weights is None else weights.stride()
     top_k = ids.shape[1]
     a |= dict(TOPK=top_k, CHOICES=1 << (top_k - 1).bit_length(), WEIGHTED=weights is not None, WIDE=wide, PDL=pdl)
-    return a | _blocks(tiles, weight["K"] // 4), (out.shape[0] * tiles_n,)
+    return a | _blocks(tiles, weight["K"] // 4, a["CHOICES"]), (out.shape[0] * tiles_n,)
 
 
 def _weight(weight: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def _weight(weight: dict[str, Any]) -> dict[str, Any]:
     return a | {"scale": a["scale"].view(torch.uint8)}
 
 
-def _blocks(tiles: PairTiles, words: int) -> dict[str, Any]:
-    size = tiles.block_q(words)
+def _blocks(tiles: PairTiles, words: int, choices: int = 1) -> dict[str, Any]:
+    size = tiles.block_q(words, choices)
     return dict(BLOCK_N=tiles.block_n, BLOCK_Q=size, EVEN=words % size == 0)
 
 

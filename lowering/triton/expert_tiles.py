@@ -20,6 +20,10 @@ class ExpertTiles:
 
     Gate and up are two tiles of `block_n` columns each. `swap`: the weight is the product's left operand, which
     keeps few rows from being padded, and lets dequantised weights stay in registers.
+
+    MXFP4 only: `whole_scales`: scales are read in words of four, which Triton can do for wgmma; `together`: the four
+    planes of weights are one product; `max_registers`: a bound for the assembler, which takes the loop for large scales
+    for as important as the other.
     """
 
     block_m: int
@@ -30,20 +34,24 @@ class ExpertTiles:
     swap: bool = False
     whole_scales: bool = False
     max_registers: int | None = None
+    together: bool = False
 
 
 @dataclass(frozen=True)
 class PairTiles:
-    """Rows of a weight that a program of the pair kernels takes, the most words of them at once, warps and stages."""
+    """Rows of a weight that a program of the pair kernels takes, the most words of them at once, and warps."""
 
     block_n: int
     most_words: int
     num_warps: int
-    num_stages: int
 
-    def block_q(self, words: int) -> int:
-        """Words at once for rows of so many: of the powers of two that leave the fewest idle, the largest."""
-        sizes = [1 << i for i in range(5, self.most_words.bit_length()) if 1 << i >= min(128, self.most_words)]
+    def block_q(self, words: int, choices: int = 1) -> int:
+        """Words at once for rows of so many: of the powers of two that leave the fewest idle, the largest.
+
+        choices: experts of a token whose rows are taken at once.
+        """
+        most = max(32, min(self.most_words, MOST_WORDS // choices))
+        sizes = [1 << i for i in range(5, most.bit_length()) if 1 << i >= min(64, most)]
         return min(sizes, key=lambda size: (-(-words // size) * size, -size))
 
 
@@ -54,11 +62,13 @@ class Plan:
     Attributes:
         sort: sort the pairs by expert first; otherwise each pair reads its expert by itself.
         gate_up, down: tiles, of equal `block_m`.
+        unpacked: MXFP4 experts whose weights are written out at once, before products of plain weights; 0: none are.
     """
 
     sort: bool
     gate_up: ExpertTiles
     down: ExpertTiles
+    unpacked: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,7 @@ class PairPlan:
     down: PairTiles
 
 
+MOST_WORDS = 1024  # of one row, in registers
 # Rows an expert gets on average, up to which a block of so many rows is taken: routing is uneven, and an expert
 # whose rows do not fit in one block is read twice.
 BLOCK_M = ((8, 16), (20, 32), (48, 64))
@@ -77,8 +88,14 @@ LARGEST_M = 128
 SORT_SECONDS = 8e-6
 MOST_PAIRS_TOKENS = 8
 # The same for MXFP4, where pairs are multiplied without tensor cores: what part of the bandwidth pairs and sorted rows
-# reach, and what sorted rows take besides (H200, 1 to 8 tokens, 8 of 128 experts of 2048 x 768).
-PAIRS_SHARE, SORTED_SHARE, SORTED_SECONDS = 0.27, 0.44, 25e-6
+# reach, what both take besides, and sorted rows for each step along a row of weights, which nothing hides while experts
+# are few (H200, 1 to 16 tokens, 8 of 128 experts of 2048 x 768 and 4 of 32 of 2880 x 2880).
+PAIRS_SHARE, PAIRS_SECONDS, SORTED_SHARE, STEP_SECONDS = 0.37, 4e-6, 0.67, 1.35e-6
+# Bytes a multiprocessor below which pairs are spread over smaller programs.
+FEW_BYTES = 200e3
+# What a product with weights that are dequantised in the kernel takes beyond that with plain ones, in times of the
+# peak rate (H200, 4096 tokens, the same experts); and what part of a card's memory plain copies may take.
+MIXED_LOSS, WORKSPACE = 1.5, 1 / 64
 
 
 def reads_singly(arch: Arch, tokens: int, top_k: int, experts: int, expert_bytes: float, packed: bool = False) -> bool:
@@ -91,9 +108,24 @@ def reads_singly(arch: Arch, tokens: int, top_k: int, experts: int, expert_bytes
         return tokens <= 1
     hit = experts * (1.0 - (1.0 - min(top_k, experts) / experts) ** tokens)
     if packed:
-        extra = (tokens * top_k / PAIRS_SHARE - hit / SORTED_SHARE) * expert_bytes
-        return extra <= SORTED_SECONDS * arch.bandwidth
+        steps = 2 * (2 * expert_bytes / 3) ** 0.5 / 128  # along both products' rows, as if three matrices were square
+        pairs = PAIRS_SECONDS + tokens * top_k * expert_bytes / (PAIRS_SHARE * arch.bandwidth)
+        return pairs <= STEP_SECONDS * steps + hit * expert_bytes / (SORTED_SHARE * arch.bandwidth)
     return (tokens * top_k - hit) * expert_bytes <= SORT_SECONDS * arch.bandwidth
+
+
+def unpacked_at_once(
+    arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, expert_bytes: float
+) -> int:
+    """How many MXFP4 experts to write out in bf16 at once, before products with them; 0: it does not pay."""
+    if dtype == torch.float32 or not arch.bandwidth:
+        return 0
+    plain = 4 * expert_bytes
+    seconds = experts * (expert_bytes + plain) / arch.bandwidth
+    if seconds > MIXED_LOSS * 4 * tokens * top_k * expert_bytes / arch.bf16_flops:
+        return 0
+    rounds = -(-experts * plain // (WORKSPACE * arch.memory_bytes))
+    return int(-(-experts // rounds))
 
 
 def expert_plan(
@@ -103,21 +135,28 @@ def expert_plan(
     """The plan for so many tokens with `top_k` experts each, of `expert_bytes`; see `expert_tiles` for the rest."""
     sort = not reads_singly(arch, tokens, top_k, experts, expert_bytes, packed)
     if packed and not sort:
-        return PairPlan(pair_tiles(), pair_tiles(summed=True))
+        return PairPlan(pair_tiles(arch, tokens * top_k * expert_bytes), sum_tiles())
+    unpacked = unpacked_at_once(arch, tokens, top_k, experts, dtype, expert_bytes) if packed else 0
+    packed = packed and not unpacked
     rows = block_rows(tokens * top_k / max(1, experts)) if sort else 16
     gate_up, down = (expert_tiles(arch, rows, dtype, packed, gated, aligned) for gated in (True, False))
-    return Plan(sort, gate_up, down)
+    return Plan(sort, gate_up, down, unpacked)
 
 
-def pair_tiles(summed: bool = False) -> PairTiles:
-    """Tiles of the pair kernels; summed: of the one that adds up a token's experts."""
-    return PairTiles(4, 256, 8, 1) if summed else PairTiles(8, 512, 4, 1)
+def pair_tiles(arch: Arch, total_bytes: float) -> PairTiles:
+    """Tiles of the pair kernel, which reads so much in all."""
+    return PairTiles(4 if total_bytes < FEW_BYTES * arch.sm_count else 8, 512, 4)
+
+
+def sum_tiles() -> PairTiles:
+    """Tiles of the kernel that adds up a token's experts."""
+    return PairTiles(4, 256, 4)
 
 
 def linear_tiles(arch: Arch, rows: int, dtype: torch.dtype) -> ExpertTiles | PairTiles:
     """Tiles for rows times a packed weight."""
     if rows == 1:
-        return pair_tiles()
+        return PairTiles(8, 512, 4)
     return expert_tiles(arch, block_rows(rows, uneven=False), dtype, True, False)
 
 
@@ -156,9 +195,12 @@ def packed_tiles(arch: Arch, block_m: int, dtype: torch.dtype, gated: bool) -> E
     """
     if dtype == torch.float32:  # without tensor cores; larger tiles do not fit in the registers
         return ExpertTiles(16, 16, 128, 8, 2)
-    stages, whole = 4 if arch.wgmma and gated else 3, arch.wgmma
     if block_m >= 64 and arch.wgmma:
         if gated:
-            return ExpertTiles(64, 64, 128, 4, 3, True, whole)
-        return ExpertTiles(64, 128, 128, 8, 3, True, whole)
-    return ExpertTiles(min(block_m, 32), 64 if gated else 128, 128, 4, stages, True, whole)
+            return ExpertTiles(64, 64, 128, 4, 3, True, True, None, True)
+        return ExpertTiles(64, 128, 128, 8, 3, True, True)
+    few = block_m == 16
+    most = (128 if few else 168) if arch.wgmma else None
+    if gated:
+        return ExpertTiles(16 if few else 32, 64, 128, 4, 3, True, arch.wgmma, 128 if arch.wgmma else None)
+    return ExpertTiles(16 if few else 32, 128, 128, 4, 3, True, arch.wgmma, most, arch.wgmma)

@@ -169,7 +169,7 @@ def expert_launch(
     x: Tensor, out: Tensor, weight: dict[str, Any], tiles: ExpertTiles, *, source: int, blocks: int, rows: int,
     ids: Tensor | None = None, order: Tensor | None = None, table: Tensor | None = None,
     row_weights: Tensor | None = None, top_k: int = 1, gather: bool = False, scatter: bool = False,
-    activation: int = 0, alpha: float = 0.0, limit: float | None = None, planes: bool = False, pdl: bool = False,
+    activation: int = 0, alpha: float = 0.0, limit: float | None = None, planes: bool = False, first_expert: int = 0, pdl: bool = False,
 ) -> tuple[dict[str, Any], tuple[int]]:  # fmt: skip
     """The expert kernel's arguments by name, and its grid. blocks: tiles of rows that the grid has room for.
 
@@ -186,9 +186,11 @@ def expert_launch(
     a |= dict(SWAP=tiles.swap and not weight["JOINED"], IEEE=x.dtype == torch.float32, STAGES=tiles.num_stages)
     a |= dict(TO_PLANES=planes, PDL=pdl, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k)
     a |= dict(EVEN_N=weight["N"] % tiles.block_n == 0, EVEN_K=weight["K"] % tiles.block_k == 0)
-    a["WHOLE"] = tiles.whole_scales and weight["scale"] is not None and weight["scale"].dtype == torch.int32
-    a["WHOLE"] &= x.dtype != torch.float32 and tiles.swap
-    a["WHOLE"] &= all(s is None or s % 4 == 0 for s in (a["stride_se"], a["stride_sn"], a["stride_sup"]))
+    a |= dict(Q=weight["K"] // 4, first_expert=first_expert, TOGETHER=tiles.together)
+    words = weight["scale"] is not None and weight["scale"].dtype == torch.int32 and x.dtype != torch.float32
+    aligned = all(s is None or s % 4 == 0 for s in (a["stride_se"], a["stride_sn"], a["stride_sup"]))
+    a["WHOLE"] = words and tiles.whole_scales and (aligned or tiles.block_k == 128)
+    a["SPLIT"] = a["WHOLE"] and not aligned
     return a, (blocks * tiles_n,)
 
 
@@ -255,20 +257,43 @@ def run_experts(
         weights = topk_weights if weight_on == "output" else None
         return run_pairs(plan.gate_up, plan.down, x, topk_ids, weights, first, second, out, between, pdl)
     assert plan.sort or not packed, "MXFP4 experts are read pair by pair under a PairPlan"
+    in_kernel = packed and not plan.unpacked
     h = x.new_empty((pairs, first["N"]))
     y = x.new_empty((pairs, D))
     tiling: dict[str, Any] = dict(source=PAIRS, blocks=pairs, ids=topk_ids)
     with device_guard(x):
         if plan.sort:
-            sorting, grid = order_launch(topk_ids, experts, plan.gate_up.block_m, x if packed else None, pdl)
+            sorting, grid = order_launch(topk_ids, experts, plan.gate_up.block_m, x if in_kernel else None, pdl)
             order_kernel[grid](**sorting, num_warps=order_warps(sorting["BLOCK"]), launch_pdl=pdl)
             tiling = dict(source=TABLE, blocks=len(sorting["table"]), order=sorting["order"], table=sorting["table"])
-            x = sorting["x_planes"] if packed else x
+            x = sorting["x_planes"] if in_kernel else x
         tiling |= dict(rows=pairs, top_k=top_k, pdl=pdl)
-        _start(expert_kernel, plan.gate_up, x, h, first, **tiling, **between, gather=True, planes=packed)
-        _start(expert_kernel, plan.down, h, y, second, **tiling, scatter=True)
+        into_h, into_y = dict(gather=True, planes=in_kernel, **between), dict(scatter=True)
+        if packed and plan.unpacked:
+            assert w13_scale is not None and w2_scale is not None
+            for e in range(0, experts, plan.unpacked):
+                some = min(plan.unpacked, experts - e)
+                wide = _unpacked(w13, w13_scale, x, e, some, pdl)
+                first = weight_operands(wide, None, w13_bias, gated, interleaved)
+                _start(expert_kernel, plan.gate_up, x, h, first, **tiling, **into_h, first_expert=e)
+                wide = _unpacked(w2, w2_scale, x, e, some, pdl)
+                second = weight_operands(wide, None, w2_bias)
+                _start(expert_kernel, plan.down, h, y, second, **tiling, **into_y, first_expert=e)
+        else:
+            _start(expert_kernel, plan.gate_up, x, h, first, **tiling, **into_h)
+            _start(expert_kernel, plan.down, h, y, second, **tiling, **into_y)
         arguments, grid_2 = combine_launch(y, topk_ids, topk_weights, out, experts, weight_on == "output", pdl)
         combine_kernel[grid_2](**arguments, num_warps=4, launch_pdl=pdl)
+    return out
+
+
+def _unpacked(w: Tensor, scale: Tensor, x: Tensor, first: int, experts: int, pdl: bool) -> Tensor:
+    """Some experts of a packed weight ``[E, N, K / 2]``, as ``[experts, N, K]`` in x's dtype."""
+    from .unpack_kernel import unpack_kernel, unpack_launch
+
+    out = x.new_empty((experts, w.shape[1], 2 * w.shape[2]))
+    arguments, grid = unpack_launch(w, scale, out, first, pdl)
+    unpack_kernel[grid](**arguments, num_warps=4, launch_pdl=pdl)
     return out
 
 

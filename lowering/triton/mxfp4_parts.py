@@ -103,6 +103,26 @@ def load_scales(scale, at, inside):
 
 
 @triton.jit
+def loaded_shifts(scale, at):
+    """Bits from the beginning of the words that hold the bytes at `at` to those; loaded as `loaded_selectors`."""
+    return tl.load(scale + at, mask=at < 0, other=8 * (at & 3))
+
+
+@triton.jit
+def load_split(scale, at, inside, shift, left, EVEN: tl.constexpr):
+    """Words ``[rows, 1]`` of the four bytes from `at` on, which are parts of two words; zero beyond `left` bytes."""
+    need = (at & 3) + tl.minimum(left, 4) > 4
+    low = tl.load(scale + (at >> 2), mask=inside, other=0)
+    high = tl.load(scale + (at >> 2) + 1, mask=inside & need, other=0)
+    word = tl.inline_asm_elementwise(
+        "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.int32, is_pure=True, pack=1
+    )  # fmt: skip
+    if not EVEN:
+        word = word & tl.where(left < 4, (1 << (8 * tl.minimum(left, 3))) - 1, -1)
+    return word
+
+
+@triton.jit
 def multipliers(word, pick, WIDE: tl.constexpr, FAST: tl.constexpr):
     """2^(byte - 127): fp32 if WIDE, else a pair of equal bf16 in an int32. If FAST 2^(byte - 1), infinite from 129 on."""
     if WIDE:
@@ -215,6 +235,7 @@ def packed_product(
     x, live, w, scale, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q,
     GATED: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, EVEN_N: tl.constexpr, EVEN_Q: tl.constexpr, WHOLE: tl.constexpr,
+    TOGETHER: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Rows of x times rows of a packed weight (and those of up, if GATED): two tiles, fp32, transposed if SWAP.
 
@@ -227,7 +248,7 @@ def packed_product(
     FAST: tl.constexpr = not WIDE and BLOCK_M <= MOST_ROWS_FAST
     acc, acc_up = _product(
         x, live, w, scale, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, FAST,
-        GATED, SWAP, WIDE, STAGES, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE,
+        GATED, SWAP, WIDE, STAGES, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE, TOGETHER, SPLIT,
     )  # fmt: skip
     if FAST:  # noqa: SIM102 (decided while compiling)
         size = tl.maximum(acc.to(tl.int32, bitcast=True) & FINITE, acc_up.to(tl.int32, bitcast=True) & FINITE)
@@ -238,9 +259,24 @@ def packed_product(
             later = tl.multiple_of(later, 16)
             acc, acc_up = _product(
                 x + later, live, w + later, scale + later, rows + later, offset + later, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, False,
-                GATED, SWAP, WIDE, 2, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE,
+                GATED, SWAP, WIDE, 2, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE, TOGETHER, SPLIT,
             )  # fmt: skip
     return acc, acc_up
+
+
+@triton.jit
+def _multiply_planes(acc, x0, x1, x2, x3, w0, w1, w2, w3, SWAP: tl.constexpr, WIDE: tl.constexpr,
+                     TOGETHER: tl.constexpr):  # fmt: skip
+    """Four planes; TOGETHER: as one product of their columns side by side, x0 being all of x."""
+    if TOGETHER:
+        w = tl.permute(tl.join(tl.join(w0, w1), tl.join(w2, w3)), (0, 3, 2, 1))
+        acc = multiply(acc, x0, tl.reshape(w, (w0.shape[0], 4 * w0.shape[1])), SWAP, WIDE)
+    else:
+        acc = multiply(acc, x0, w0, SWAP, WIDE)
+        acc = multiply(acc, x1, w1, SWAP, WIDE)
+        acc = multiply(acc, x2, w2, SWAP, WIDE)
+        acc = multiply(acc, x3, w3, SWAP, WIDE)
+    return acc
 
 
 @triton.jit
@@ -248,6 +284,7 @@ def _product(
     x, live, w, scale, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, FAST: tl.constexpr,
     GATED: tl.constexpr, SWAP: tl.constexpr, WIDE: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, EVEN_N: tl.constexpr, EVEN_Q: tl.constexpr, WHOLE: tl.constexpr,
+    TOGETHER: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """`packed_product`; FAST: infinite or NaN if a scale is above 2."""
     if SWAP:
@@ -264,31 +301,44 @@ def _product(
         pick = loaded_selectors(scale, at)
         if GATED:
             pick_up = loaded_selectors(scale, at + stride_sup)
+    elif SPLIT:
+        pick = loaded_shifts(scale, at)
+        if GATED:
+            pick_up = loaded_shifts(scale, at + stride_sup)
     for k in tl.range(0, Q, BLOCK_Q, num_stages=STAGES):
-        if EVEN_Q:
-            mask = live[:, None]
+        if TOGETHER:
+            column = tl.arange(0, 4 * BLOCK_Q)[None, :]
+            if EVEN_Q:
+                mask = live[:, None]
+            else:
+                mask = live[:, None] & (column % BLOCK_Q < Q - k)
+            x0 = tl.load(x + (column // BLOCK_Q) * Q + column % BLOCK_Q, mask=mask, other=0.0)
+            x1, x2, x3 = x0, x0, x0
         else:
-            mask = live[:, None] & (q[None, :] < Q - k)
-        x0 = tl.load(x + q[None, :], mask=mask, other=0.0)
-        x1 = tl.load(x + (Q + q)[None, :], mask=mask, other=0.0)
-        x2 = tl.load(x + (2 * Q + q)[None, :], mask=mask, other=0.0)
-        x3 = tl.load(x + (3 * Q + q)[None, :], mask=mask, other=0.0)
-        inside = (rows[:, None] < rows_left) & (block[None, :] < (Q - k) // (BLOCK_Q // scaled))
+            if EVEN_Q:
+                mask = live[:, None]
+            else:
+                mask = live[:, None] & (q[None, :] < Q - k)
+            x0 = tl.load(x + q[None, :], mask=mask, other=0.0)
+            x1 = tl.load(x + (Q + q)[None, :], mask=mask, other=0.0)
+            x2 = tl.load(x + (2 * Q + q)[None, :], mask=mask, other=0.0)
+            x3 = tl.load(x + (3 * Q + q)[None, :], mask=mask, other=0.0)
+        inside = (rows[:, None] < rows_left) & (block[None, :] * (BLOCK_Q // scaled) < Q - k)
         words = load_words(w, rows, q, stride_wn, rows_left, Q - k, EVEN_N, EVEN_Q)
-        scales = load_scales(scale, at + k // 8, inside)
+        if SPLIT:
+            scales = load_split(scale, at + k // 8, inside, pick, (Q - k) // 8, EVEN_Q)
+        else:
+            scales = load_scales(scale, at + k // 8, inside)
         w0, w1, w2, w3 = weights(words, scales, pick, BLOCK_N, BLOCK_Q, WIDE, FAST, WHOLE)
-        acc = multiply(acc, x0, w0, SWAP, WIDE)
-        acc = multiply(acc, x1, w1, SWAP, WIDE)
-        acc = multiply(acc, x2, w2, SWAP, WIDE)
-        acc = multiply(acc, x3, w3, SWAP, WIDE)
+        acc = _multiply_planes(acc, x0, x1, x2, x3, w0, w1, w2, w3, SWAP, WIDE, TOGETHER)
         if GATED:
             words = load_words(w + stride_wup, rows, q, stride_wn, rows_left, Q - k, EVEN_N, EVEN_Q)
-            scales = load_scales(scale, at + stride_sup + k // 8, inside)
+            if SPLIT:
+                scales = load_split(scale, at + stride_sup + k // 8, inside, pick_up, (Q - k) // 8, EVEN_Q)
+            else:
+                scales = load_scales(scale, at + stride_sup + k // 8, inside)
             w0, w1, w2, w3 = weights(words, scales, pick_up, BLOCK_N, BLOCK_Q, WIDE, FAST, WHOLE)
-            acc_up = multiply(acc_up, x0, w0, SWAP, WIDE)
-            acc_up = multiply(acc_up, x1, w1, SWAP, WIDE)
-            acc_up = multiply(acc_up, x2, w2, SWAP, WIDE)
-            acc_up = multiply(acc_up, x3, w3, SWAP, WIDE)
+            acc_up = _multiply_planes(acc_up, x0, x1, x2, x3, w0, w1, w2, w3, SWAP, WIDE, TOGETHER)
         x += BLOCK_Q
         w += BLOCK_Q
     return acc, acc_up

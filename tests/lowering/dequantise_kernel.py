@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sm12x_compile.lowering.triton.mxfp4_parts import load_scales, multipliers, planes, selectors
+from sm12x_compile.lowering.triton.mxfp4_parts import load_scales, loaded_selectors, multipliers, planes
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def dequantise_kernel(packed, scale, out, first, ROWS: tl.constexpr, WIDE: tl.co
     at = first + row[:, None] * 4 + block[None, :]
     words = tl.load(packed + row[:, None] * 32 + q[None, :])
     w0, w1, w2, w3 = planes(
-        words, multipliers(load_scales(scale, at, at >= 0), selectors(scale, at), WIDE), ROWS, 32, WIDE
+        words, multipliers(load_scales(scale, at, at >= 0), loaded_selectors(scale, at), WIDE, False), ROWS, 32, WIDE, False
     )  # fmt: skip
     at = out + row[:, None] * 128 + 4 * q[None, :]
     tl.store(at, w0)

@@ -83,6 +83,8 @@ PACKED = [
     Case("mxfp4, rows of 3 bytes", T=9, E=3, D=96, I=32, packed=True, biases=True, routing="some outside"),
     Case("mxfp4, gpt-oss", D=96, I=64, packed=True, biases=True,
          attributes=dict(activation="swiglu_oai", limit=7.0, interleaved=True)),
+    Case("mxfp4, scales above 2", T=40, D=128, I=128, packed=True, operands="large scales"),
+    Case("mxfp4, rows of 18 scales", T=40, D=576, I=64, packed=True),
     Case("mxfp4, scales of 6 bytes in all", T=2, K=1, E=1, D=32, I=32, packed=True, operands="uneven scales",
          attributes=dict(gated=False)),
 ]  # fmt: skip
@@ -127,6 +129,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str) -> tuple[tuple[Any, ...]
         attributes |= dict(w2_scale=scales(g, E, D, inner).to(device))
         sizes = ((N, D), (D, inner))
         packed = [torch.randint(256, (E, n, k // 2), generator=g).to(device, torch.uint8) for n, k in sizes]
+        if case.operands == "large scales":
+            attributes["w2_scale"][1::2, ::5] += 20
         if case.operands == "uneven scales":
             storage = torch.zeros(attributes["w13_scale"].numel() + 1, dtype=torch.uint8, device=device)
             attributes["w13_scale"] = storage[1:].view(E, N, D // 32).copy_(attributes["w13_scale"])
@@ -169,14 +173,18 @@ def variants(case: Case, device: str) -> list[tuple[torch.dtype, Plan | PairPlan
     if device == "cpu":
         wide = replace(SMALL, block_n=32, block_k=128, swap=True)
         if case.packed:
-            pairs = PairPlan(PairTiles(4, 32, 4, 2), PairTiles(16, 64, 4, 2))
-            return [(torch.float32, plan) for plan in (Plan(True, replace(SMALL, block_k=128), wide), pairs)]
+            pairs = PairPlan(PairTiles(4, 32, 4), PairTiles(16, 64, 4))
+            unpacked = Plan(True, SMALL, wide, unpacked=2)
+            return [(torch.float32, plan) for plan in (Plan(True, replace(SMALL, block_k=128), wide), pairs, unpacked)]
         return [(torch.float32, plan) for plan in (Plan(True, SMALL, SMALL), Plan(False, SMALL, wide))]
     made, rows = [], (16, 32, 64, 128)[EVERY.index(case) % 4 if case in EVERY else 0]
     for card in (of_device(0), by_name("rtx5090")):
         made.append((torch.bfloat16, expert_plan(card, case.T, case.K, case.E, torch.bfloat16, case.packed, 1e6)))
         tiles = [expert_tiles(card, rows, torch.bfloat16, case.packed, gated) for gated in (True, False)]
         made.append((torch.bfloat16, Plan(True, *tiles)))
+        if case.packed:
+            plain = [expert_tiles(card, rows, torch.bfloat16, False, gated) for gated in (True, False)]
+            made.append((torch.bfloat16, Plan(True, *plain, unpacked=3)))
     others = [torch.float32] if case.packed else [torch.float32, torch.float16]
     return made + [(d, expert_plan(of_device(0), case.T, case.K, case.E, d, case.packed, 1e6)) for d in others]
 
@@ -227,7 +235,7 @@ def test_mxfp4_linear(shape: tuple[int, ...], N: int, K: int, run: Runner) -> No
     g = torch.Generator().manual_seed(N + K)
     weight = torch.randint(256, (N, K // 2), generator=g).to(device, torch.uint8)
     scale, bias = scales(g, N, K).to(device), torch.randn(N, generator=g).to(device)
-    tiles: list[Any] = [replace(SMALL, block_k=128), PairTiles(4, 64, 4, 2)]
+    tiles: list[Any] = [replace(SMALL, block_k=128), PairTiles(4, 64, 4)]
     if device == "cuda":
         for card in (of_device(0), by_name("rtx5090")):
             tiles += [expert_tiles(card, rows, torch.bfloat16, True, False) for rows in (16, 128)]
@@ -273,24 +281,42 @@ def test_dequantisation_is_exact(run: Runner) -> None:  # noqa: F811
 
 
 def test_the_unpacking_instructions() -> None:
-    """The inline assembly, which the interpreter cannot run, executed here on all bytes and scales."""
+    """The inline assembly, which the interpreter cannot run, executed here on all bytes and scales.
+
+    The fast form is exact up to a scale of 2, and beyond neither a number nor its product with anything is finite.
+    """
     pytest.importorskip("triton")
-    from sm12x_compile.lowering.triton.mxfp4_parts import EXPAND_E8M0, UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3
+    from sm12x_compile.lowering.triton import mxfp4_parts as parts
 
     bytes_ = torch.arange(256)
     other = torch.stack([bytes_.flip(0), bytes_ ^ 0x5A, bytes_ ^ 0x0F])
     words = (bytes_ | other[0] << 8 | other[1] << 16 | other[2] << 24)[:, None]
-    code, shift = bytes_[None], 8 * (bytes_[None] % 4)
-    (scale,) = execute(
-        EXPAND_E8M0.value, [code << shift | 0x5A5A5A5A & ~(255 << shift), 0x4040 + 0x0101 * shift // 8], 1
-    )
-    made = [execute(u.value, [words, scale, scale], 1)[0] for u in (UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3)]
     packed = words.to(torch.int32).view(torch.uint8).view(256, 4).repeat(1, 4)  # 32 numbers, the first 8 four times
-    for s in range(256):
-        wanted = dequantize_fp4("test", packed, torch.full((256, 1), s, dtype=torch.uint8), "mxfp4")[:, :8]
-        for k in range(8):
-            bits = ((made[k % 4][:, s] >> (16 * (k // 4))) & 0xFFFF) << 16
-            assert equal_bits(bits.to(torch.int32).view(torch.float32), wanted[:, k].float()), (s, k)
+    code, shift = bytes_[None], 8 * (bytes_[None] % 4)
+    others = [code ^ 0x5A, code.flip(1), code ^ 0xA5]
+    four = [[others[(j + i) % 3] if j != i else code for j in range(4)] for i in range(4)]
+    for fast in (False, True):
+        name = "FAST" if fast else "E8M0"
+        one = getattr(parts, f"ONE_{name}").value
+        (scale,) = execute(one, [code << shift | 0x5A5A5A5A & ~(255 << shift), 0x4040 + 0x0101 * shift // 8], 1)
+        for i in range(4):
+            word = sum(c << 8 * j for j, c in enumerate(four[i]))
+            assert torch.equal(execute(getattr(parts, f"FOUR_{name}").value, [word], 4)[i], scale)
+        unpack = [getattr(parts, f"{'FAST' if fast else 'UNPACK'}_{i}").value for i in range(4)]
+        made = [execute(text, [words, scale, scale], 1)[0] for text in unpack]
+        for s in range(256):
+            wanted = dequantize_fp4("test", packed, torch.full((256, 1), s, dtype=torch.uint8), "mxfp4")[:, :8].float()
+            for k in range(8):
+                bits = ((made[k % 4][:, s] >> (16 * (k // 4))) & 0xFFFF) << 16
+                found = bits.to(torch.int32).view(torch.float32)
+                if fast and s > 128:
+                    assert not found.isfinite().any(), s
+                else:
+                    assert equal_bits(found, wanted[:, k]), (s, k)
+    for k in range(8):
+        bits = execute(getattr(parts, f"BARE_{k % 4}").value, [words], 1)[0] >> (16 * (k // 4)) & 0xFFFF
+        wanted = dequantize_fp4("test", packed, torch.full((256, 1), 127, dtype=torch.uint8), "mxfp4")[:, k]
+        assert equal_bits((bits << 16).to(torch.int32).view(torch.float32)[:, 0], wanted.float())
 
 
 def equal_bits(a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from sm12x_compile.lowering.triton.expert_tiles import (
     expert_plan,
     expert_tiles,
     reads_singly,
+    unpacked_at_once,
 )
 from sm12x_compile.lowering.triton.launches import meta
 from sm12x_compile.ops import OPS
@@ -38,6 +40,7 @@ ROWS = (16, 32, 64, 128)
         ("sm120", "moe_packed", "gpt-oss, bfloat16, gate and up, pairs"),
         ("sm121", "moe_packed", "rows of words, bfloat16, down, sum of pairs"),
         ("sm120", "moe_packed", "scales in bytes, bfloat16, down, 16 rows, alone"),
+        ("sm121", "moe_packed", "gpt-oss, bfloat16, down, unpacked"),
         ("sm120", "moe_experts", "enk, bfloat16, gate and up, 16 rows"),
         ("sm121", "moe_experts", "enk, bfloat16, down, 128 rows, sorted"),
         ("sm120", "moe_order_and_route", "4096 tokens, 8 of 128, with planes"),
@@ -66,12 +69,13 @@ def test_plans(card: Arch, tokens: int, top_k: int, experts: int, size: int, pac
             continue
         assert plan.sort or (tokens <= 8 and not packed)
         assert plan.gate_up.block_m == plan.down.block_m, "both products share one table of tiles"
-        assert not packed or plan.gate_up.block_k % 128 == 0, "whole words of scales"
+        assert not packed or plan.unpacked or plan.gate_up.block_k % 128 == 0, "whole words of scales"
 
 
 def test_blocks_of_words_leave_few_idle() -> None:
-    tiles = PairTiles(8, 512, 4, 2)
-    assert [tiles.block_q(words) for words in (8, 192, 512, 720, 3584)] == [128, 256, 512, 256, 512]
+    tiles = PairTiles(8, 512, 4)
+    assert [tiles.block_q(words) for words in (8, 192, 512, 720, 3584)] == [64, 64, 512, 256, 512]
+    assert [tiles.block_q(512, choices) for choices in (1, 4, 8, 64)] == [512, 256, 128, 32]
 
 
 def test_pairs_are_sorted_where_experts_would_be_read_twice() -> None:
@@ -79,7 +83,15 @@ def test_pairs_are_sorted_where_experts_would_be_read_twice() -> None:
     assert reads_singly(h200, 1, 4, 32, large) and reads_singly(h200, 4, 8, 128, small)
     assert not reads_singly(h200, 16, 8, 128, small) and not reads_singly(h200, 4, 4, 32, large)
     assert reads_singly(h200, 2, 8, 128, small / 4, packed=True)
-    assert not reads_singly(h200, 4, 8, 128, small / 4, packed=True)
+    assert reads_singly(h200, 2, 4, 32, large / 4, packed=True) and not reads_singly(h200, 4, 4, 32, large / 4, packed=True)
+    assert not reads_singly(h200, 8, 8, 128, small / 4, packed=True)
+
+
+def test_weights_are_unpacked_for_many_rows_in_bounded_memory() -> None:
+    for card, expert_bytes in product((by_name("h200"), by_name("sm120")), (2.36e6, 12.4e6, 50e6)):
+        few, many = (unpacked_at_once(card, T, 8, 128, BF16, expert_bytes) for T in (256, 65536))
+        assert few == 0 and 1 <= many <= 128 and 4 * many * expert_bytes <= card.memory_bytes / 64 + 4 * expert_bytes
+        assert unpacked_at_once(card, 65536, 8, 128, FP32, expert_bytes) == 0
 
 
 def test_block_rows_grow_with_the_rows_of_an_expert() -> None:
