@@ -31,7 +31,7 @@ from .latent import (
     mla_fa3_token_refusal,
     mla_xqa,
     mla_xqa_refusal,
-)  # fmt: skip
+)
 from .prefill import fa2, fa2_refusal
 
 register_kernel("attention", "flashinfer.xqa", accepts=accepts_unless(xqa_refusal), inline=True, merit=22)(xqa)

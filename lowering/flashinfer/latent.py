@@ -62,6 +62,8 @@ def mla_fa3_refusal(call: Call, arch: Arch) -> str | None:
     (B, H, S, _), T = call.q_nope.shape, call.latent.shape[1]
     if not all(isinstance(n, int) for n in (B, S, T)):
         return "every length is planned on the host, and these change from call to call"
+    if not (call.latent.is_contiguous() and call.k_rope.is_contiguous()):
+        return "FlashInfer gets latents and rotary keys as tensors without gaps; these would be copied at every step"
     if H * S < FA3_ROWS:
         return f"FA3 takes {FA3_ROWS} rows at a time, here {H * S}"
     if B * T < FA3_KEYS:

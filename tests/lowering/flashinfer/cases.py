@@ -191,7 +191,7 @@ CASES = [
             "mla",
             "flashinfer.mla_fa3_token",
             "front",
-            latent(B=1, H=64, T=20487, weights=(48, 64), causal=True, q_shift=4000, packed=True),
+            latent(B=1, H=64, T=20487, weights=(48, 64), causal=True, q_shift=4000),
         ),
         ("mla", "flashinfer.mla_xqa", "static cache", latent(H=128, packed=True, causal=True, q_offset=_at(13))),
         ("mla", "flashinfer.mla_xqa", "length", latent(H=128, packed=True, kv_len=_at(0, 50), T=80)),

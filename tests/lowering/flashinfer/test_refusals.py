@@ -69,6 +69,7 @@ WORDS = [
     ("mla_fa2", latent(H=96, S=2, T=64, causal=True, q_shift=62), r"lose a query's last key .* here 96"),
     ("mla_fa2", latent(softcap=2.0), r"neither a softcap nor sinks"),
     ("mla_fa3", latent(H=8, T=8192), r"64 rows at a time, here 8"),
+    ("mla_fa3", latent(H=128, T=4096, packed=True), r"would be copied at every step"),
     ("mla_fa3", latent(H=128, T=2048), r"faster from 8192 keys on, here 4096"),
     ("mla_fa3", latent(H=128, T=8192, kv_len=position), r"known on the device alone"),
     ("mla_fa3_token", latent(H=128, T=8192), r"has absorbed the up-projections"),
