@@ -1,23 +1,49 @@
-"""`torch.compile(model, backend="sm12x")`: ordinary PyTorch models on the kernels that suit SM12x GPUs."""
+"""`torch.compile(model, backend="sm12x")`: ordinary PyTorch models on the kernels that suit SM12x GPUs.
 
-from . import lowering, patterns  # noqa: F401  (registers the built-in patterns and kernels)
-from .arch import Arch
-from .backend import sm12x
-from .capture import wrap as _wrap
-from .capture.install import install as _install_capture
+Importing the package costs next to nothing: patterns, kernels and what reaches into Dynamo are loaded with the
+backend, when its name is looked up by `torch.compile` or any name below is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .collect import collect
 from .explain import assert_rewritten, explain
-from .index_algebra import Element, Index, Var
-from .match import GraphView, Refusal, Rewrite
 from .options import OptionError, Options
-from .registry import YES, Call, No, register_kernel, register_pattern, unregister
 from .report import Floor, Report, Site
 from .uninstall import uninstall
 
+if TYPE_CHECKING:
+    from .arch import Arch
+    from .backend import sm12x
+    from .index_algebra import Element, Index, Var
+    from .match import GraphView, Refusal, Rewrite
+    from .registry import YES, Call, No, register_kernel, register_pattern, unregister
+
 __version__ = "0.1.0"
 
-_wrap.install()
-_install_capture()
+_HOMES = {
+    "Arch": "arch", "sm12x": "backend", "Element": "index_algebra", "Index": "index_algebra", "Var": "index_algebra",
+    "GraphView": "match", "Refusal": "match", "Rewrite": "match", "YES": "registry", "Call": "registry",
+    "No": "registry", "register_kernel": "registry", "register_pattern": "registry", "unregister": "registry",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the backend, or a submodule that comes with it, after loading the whole."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    import_module(".backend", __name__)
+    if name in _HOMES:
+        globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name not in globals():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "YES",

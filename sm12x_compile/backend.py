@@ -33,6 +33,7 @@ from .options import OptionError, Options
 from .pipeline import device_of, transform
 from .quantize import QUANTIZE
 from .race.verify import Verification, verified
+from .registry import load_built_in
 from .report import Report
 
 logger = logging.getLogger("sm12x_compile")
@@ -236,5 +237,9 @@ def _merge(new: Report, into: Report) -> None:
     for message in new.warnings:
         into.warn(message)
 
+
+load_built_in()
+wrap.install()
+install()
 
 __all__ = ["OptionError", "sm12x"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch._dynamo.utils as dynamo_utils
-
 from .report import Report
 
 _active: list[Report] = []
@@ -22,6 +20,8 @@ def collect() -> Iterator[Report]:
 
     What was compiled before the block is not seen again; call ``torch._dynamo.reset()`` first to start afresh.
     """
+    from torch._dynamo import utils as dynamo_utils  # with the whole of Dynamo
+
     report = Report()
     breaks = dict(dynamo_utils.counters["graph_break"])
     metrics = list(dynamo_utils.get_compilation_metrics())

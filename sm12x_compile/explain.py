@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from .backend import sm12x
 from .collect import collect
 from .report import Report
 
@@ -22,6 +21,8 @@ def explain(
         *args, **kwargs: its inputs.
         options: backend options; ``codegen`` defaults to ``eager`` here, because a report needs no code.
     """
+    from .backend import sm12x
+
     target = getattr(fn_or_module, "_orig_mod", fn_or_module)
     target = getattr(target, "_torchdynamo_orig_callable", target)
     torch._dynamo.reset()

@@ -120,6 +120,21 @@ class Pattern:
 _patterns: dict[str, Pattern] = {}
 _kernels: dict[str, list[Kernel]] = {}
 _qualnames: set[str] = set()
+_complete = False
+
+
+def load_built_in() -> None:
+    """Register the patterns and kernels of this package, unless that is done."""
+    global _complete
+    if not _complete:
+        _complete = True
+        from . import lowering, patterns  # noqa: F401
+
+
+def _after_built_in(function: Callable[..., Any]) -> None:
+    """See to it that what others register comes after the built-in, and so may replace it."""
+    if not function.__module__.startswith(f"{__package__}."):
+        load_built_in()
 
 
 def register_pattern(
@@ -138,6 +153,7 @@ def register_pattern(
         raise ValueError(f"pattern {name!r} needs at least one anchor, e.g. torch.ops.aten.softmax.int")
 
     def register(function: PatternFunction) -> PatternFunction:
+        _after_built_in(function)
         _patterns[name] = Pattern(name, frozenset(anchors), function, merit, packed)
         return function
 
@@ -175,6 +191,7 @@ def register_kernel(
         raise ValueError(f"unknown op {op!r}; semantic ops: {', '.join(sorted(OPS))}")
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _after_built_in(function)
         overload = None
         if not inline:
             meaning = OPS[op]
@@ -192,16 +209,19 @@ def register_kernel(
 
 def patterns() -> list[Pattern]:
     """All patterns, those with the highest merit first."""
+    load_built_in()
     return sorted(_patterns.values(), key=lambda p: -p.merit)
 
 
 def kernels(op: str) -> list[Kernel]:
     """The kernels of an op in order of merit."""
+    load_built_in()
     return list(_kernels.get(op, []))
 
 
 def unregister(name: str) -> None:
     """Forget the pattern or kernel of this name."""
+    load_built_in()
     _patterns.pop(name, None)
     for op, found in _kernels.items():
         _kernels[op] = [k for k in found if k.name != name]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from io import StringIO
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Status = Literal["rewritten", "near-miss", "left"]
 
@@ -131,6 +129,9 @@ class Report:
         """The sites as a rich table; equal sites of repeated layers fold into one row."""
         title = f"sm12x: {len(self.rewritten)} of {len(self.sites)} sites rewritten, {self.graphs} graph(s), "
         title += f"{len(self.graph_breaks)} break(s), {'planned for' if self.planned else 'on'} {self.arch}"
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title=title, title_justify="left")
         for column in ("site", "status", "read off the code", "kernel", "refused, or why not", "floor"):
             table.add_column(column, overflow="fold")
@@ -149,6 +150,10 @@ class Report:
         return table
 
     def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
         out = StringIO()
         console = Console(file=out, width=150, force_terminal=False, markup=False, highlight=False)
         console.print(self.table())

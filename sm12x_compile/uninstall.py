@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-import torch._dynamo
-
-from .capture import install as capture
-from .capture import wrap
+import torch
 
 
 def uninstall() -> None:
@@ -16,6 +13,9 @@ def uninstall() -> None:
     Models compiled with the backend run in eager or compile anew; other backends are not touched.
     """
     from torch._dynamo.backends import registry
+
+    from .capture import install as capture
+    from .capture import wrap
 
     torch._dynamo.reset()
     wrap.uninstall()

@@ -99,13 +99,17 @@ def _prefill_table(arch: Arch, dtype: torch.dtype) -> Table:
 def decode_tiles(
     arch: Arch, head_dim: int, v_head_dim: int, dtype: torch.dtype, rows: int, bias: bool = False
 ) -> DecodeTiles:
-    """Tiles of the decode kernel for this many query rows a KV head. A bias beside 64 rows takes more warps."""
+    """Tiles of the decode kernel for this many query rows a KV head.
+
+    A bias takes registers: beside 64 rows more warps, beside a head of two tiles (80 = 64 + 16) fewer keys at a time.
+    """
     wide = max(head_dim, v_head_dim) > 128
+    parted = head_dim & (head_dim - 1) != 0
     if dtype == torch.float32:
         return DecodeTiles(16, 32, 8, 2)
     stages = 3 if arch.smem_per_block >= 160 * KIB else 2
     if rows <= 16:
-        return DecodeTiles(16, 32 if wide else 64, 4, stages)
+        return DecodeTiles(16, 32 if wide or (bias and parted) else 64, 4, stages)
     if rows <= 32:
         return DecodeTiles(32, 32, 4, stages)
     return DecodeTiles(64, 16 if wide else 32, 8 if bias else 4, stages)

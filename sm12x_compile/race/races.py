@@ -11,8 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..arch import Arch
 from ..options import Options
@@ -201,6 +199,9 @@ def _seed() -> int:
 @contextmanager
 def _progress(text: str, total: int) -> Iterator[Callable[[str, int], None]]:
     """Shown on a terminal while a race runs."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

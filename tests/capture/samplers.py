@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .snippets import D, Inputs, Snippet, T, numbers, tokens_and_mask
-
 from .memory import token_ids
+from .snippets import D, Inputs, Snippet, T, numbers, tokens_and_mask
 
 
 def scores(hits: str, g: torch.Generator) -> Inputs:

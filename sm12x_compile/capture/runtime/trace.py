@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count, takewhile
+from operator import is_not
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ def _begin() -> int:
 def _check(mark: int) -> None:
     for tracer in tracers():
         last, objects = _before.pop(mark)
-        inside = list(takewhile(lambda node: node is not last, reversed(tracer.output.graph.nodes)))[::-1]
+        inside = list(takewhile(partial(is_not, last), reversed(tracer.output.graph.nodes)))[::-1]
         own = set(inside)
         for node in inside:
             why = _effect(node, own)

@@ -291,4 +291,5 @@ def _augmented_rows(operation: Any, x: Rows, y: Any) -> Rows:
     return x
 
 
-__all__ = ["augmented", "augmented_tensor", "elementwise", "method", "put_masked", "put_rows", "scatter", "under_condition"]
+__all__ = ["augmented", "augmented_tensor", "elementwise", "in_range", "method", "put_masked", "put_one", "put_rows",
+           "scatter", "under_condition"]  # fmt: skip
