@@ -193,7 +193,7 @@ def numbers(words, WIDE: tl.constexpr):
 @triton.jit
 def power_of_two(code):
     """2^(code - 127) in fp32 for E8M0 bytes in int32; 255 is NaN."""
-    bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
+    bits = tl.where(code == 255, 0x7FC00000, tl.maximum(code << 23, 0x00400000))
     return bits.to(tl.float32, bitcast=True)
 
 
