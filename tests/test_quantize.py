@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import sm12x_compile
 from sm12x_compile.ops.mxfp4 import E2M1_VALUES, dequantize_fp4
@@ -153,6 +155,8 @@ def test_experts_are_those_of_the_quantised_model(build: type[nn.Module], how: s
     model, oracle = build(), build()
     oracle.load_state_dict(model.state_dict())
     oracle.quantised()
+    matrices = [p for n, p in model.named_parameters() if n[0] in "wud" and "bias" not in n]
+    originals = [StorageWeakRef(p.untyped_storage()) for p in matrices]
     step = compiled(model, how)
     with sm12x_compile.collect() as report:
         for tokens in (5, 5, 1, 3):
@@ -164,7 +168,8 @@ def test_experts_are_those_of_the_quantised_model(build: type[nn.Module], how: s
         assert 0.05 < line["relative_error"] < 0.2 and line["dropped"] == (how == "mxfp4_only")
         assert 7.3 < line["bytes_before"] / line["bytes_after"] < 7.6
     assert "2 quantised to mxfp4" in str(report)
-    matrices = [p for n, p in model.named_parameters() if n[0] in "wud" and "bias" not in n]
+    gc.collect()
+    assert all(original.expired() == (how == "mxfp4_only") for original in originals), "nobody else holds them"
     assert all((w.untyped_storage().nbytes() == 4) == (how == "mxfp4_only") for w in matrices)
 
 

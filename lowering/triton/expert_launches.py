@@ -74,7 +74,8 @@ def moe_packed(arch: Arch) -> Iterator[Launch]:
                 wide=dtype == FP32, pdl=arch.pdl,
             )  # fmt: skip
             yield Launch(f"{_case(name, dtype, gated)}, sum of pairs", pair_sum_kernel, arguments, 4, 1, matrix=False)
-            arguments, _ = unpack_launch(weight["w"].view(torch.uint8), _scales(N, K, **form), meta(32, N, K, dtype=dtype), 0, arch.pdl)
+            packed, wide = meta(32, N, K // 2, dtype=torch.uint8), meta(32, N, K, dtype=dtype)
+            arguments, _ = unpack_launch(packed, _scales(N, K, **form), wide, 0, arch.pdl)
             yield Launch(f"{_case(name, dtype, gated)}, unpacked", unpack_kernel, arguments, 4, 2, matrix=False)
             arguments = planes_arguments(meta(2048, K, dtype=dtype), meta(2048, K, dtype=dtype))
             yield Launch(

@@ -59,7 +59,7 @@ def pair_launch(
 def sum_launch(
     tiles: PairTiles, h: Tensor, out: Tensor, weight: dict[str, Any], ids: Tensor, weights: Tensor | None, *,
     wide: bool, pdl: bool,
-) -> tuple[dict[str, Any], tuple[int]]:
+) -> tuple[dict[str, Any], tuple[int]]:  # fmt: skip
     """The arguments of `pair_sum_kernel` by name, and its grid. h: fp32, in planes."""
     tiles_n = -(-weight["N"] // tiles.block_n)
     a = _weight(weight) | dict(h=h, out=out, ids=ids, weights=weights, tiles_n=tiles_n)

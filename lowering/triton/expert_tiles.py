@@ -114,9 +114,7 @@ def reads_singly(arch: Arch, tokens: int, top_k: int, experts: int, expert_bytes
     return (tokens * top_k - hit) * expert_bytes <= SORT_SECONDS * arch.bandwidth
 
 
-def unpacked_at_once(
-    arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, expert_bytes: float
-) -> int:
+def unpacked_at_once(arch: Arch, tokens: int, top_k: int, experts: int, dtype: torch.dtype, expert_bytes: float) -> int:
     """How many MXFP4 experts to write out in bf16 at once, before products with them; 0: it does not pay."""
     if dtype == torch.float32 or not arch.bandwidth:
         return 0

@@ -3,6 +3,7 @@
     few tokens    every token-expert pair reads its expert by itself: gate and up with the activation, down, sum
                   (MXFP4: `expert_pairs`, without tensor cores)
     else          the pairs are sorted by expert first, so that an expert is read once for all its tokens
+                  (MXFP4 and very many: some experts at a time are written out in bf16 before, in bounded memory)
 
 Grids depend on shapes alone, nothing waits for the host and nothing is added atomically: a CUDA graph can be replayed
 under any routing, and equal inputs give equal bits. What an expert gives to a token is rounded to x's dtype once

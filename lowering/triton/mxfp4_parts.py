@@ -3,7 +3,7 @@
 MXFP4 (OCP Microscaling Formats v1.0, 2023): a byte holds two E2M1 numbers, the even one in the low nibble, and 32
 neighbours share a scale 2^(s - 127). Both factors, and every product of them, are exact in bf16: an E2M1 nibble
 ``seem`` put where bf16 has its sign and lowest bits of exponent is the number times 2^-126, also where it is
-subnormal. So two exact multiplications make the weight, and no table is read.
+subnormal. So two exact multiplications make the weight, or one if the scale is 2 at most, and no table is read.
 
 *Planes.* Weights are read as words of two bytes. Nibble i of word q belongs to column 4 q + i, so a tile of words
 gives four tiles of weights. Two neighbouring words fill a register, and the same bits of both halves make a pair of
@@ -36,9 +36,7 @@ _NIBBLES = (
 _HEAD, _PLACE = "{ .reg .b32 t, zero, bias; mov.b32 zero, 0x80008000; ", " and.b32 t, t, 0x81C081C0; "
 _BIAS, _TIMES = "mov.b32 bias, 0x7E807E80; fma.rn.bf16x2 t, t, bias, zero; ", "fma.rn.bf16x2 $0, t, $2, zero; }"
 FAST_0, FAST_1, FAST_2, FAST_3 = (tl.constexpr(_HEAD + first + _PLACE + _TIMES) for first in _NIBBLES)
-UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3 = (
-    tl.constexpr(_HEAD + first + _PLACE + _BIAS + _TIMES) for first in _NIBBLES
-)
+UNPACK_0, UNPACK_1, UNPACK_2, UNPACK_3 = (tl.constexpr(_HEAD + first + _PLACE + _BIAS + _TIMES) for first in _NIBBLES)
 _BARE = "mov.b32 bias, 0x7E807E80; fma.rn.bf16x2 $0, t, bias, zero; }"
 BARE_0, BARE_1, BARE_2, BARE_3 = (tl.constexpr(_HEAD + first + _PLACE + _BARE) for first in _NIBBLES)
 
@@ -124,7 +122,7 @@ def load_split(scale, at, inside, shift, left, EVEN: tl.constexpr):
 
 @triton.jit
 def multipliers(word, pick, WIDE: tl.constexpr, FAST: tl.constexpr):
-    """2^(byte - 127): fp32 if WIDE, else a pair of equal bf16 in an int32. If FAST 2^(byte - 1), infinite from 129 on."""
+    """2^(byte - 127): fp32 if WIDE, else equal bf16 twice in an int32. If FAST 2^(byte - 1), infinite from 129 on."""
     if WIDE:
         value = power_of_two((word >> ((pick & 3) * 8)) & 255)
     elif FAST:
@@ -195,7 +193,7 @@ def numbers(words, WIDE: tl.constexpr):
 @triton.jit
 def power_of_two(code):
     """2^(code - 127) in fp32 for E8M0 bytes in int32; 255 is NaN."""
-    bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
+    bits = tl.where(code == 255, 0x7FC00000, tl.maximum(code << 23, 0x00400000))
     return bits.to(tl.float32, bitcast=True)
 
 
@@ -240,7 +238,8 @@ def packed_product(
     """Rows of x times rows of a packed weight (and those of up, if GATED): two tiles, fp32, transposed if SWAP.
 
     x: pointers ``[BLOCK_M, 1]`` to rows in planes; Q: columns of a plane; offset: bytes from `scale` to the first row.
-    WHOLE: the scales of each row begin at a word, and are read in words.
+    WHOLE: scales are read in words of four; SPLIT: which are parts of two words of memory each.
+    TOGETHER: the four planes are one product, of BLOCK_Q columns of each.
 
     The scales are first taken to be 2 at most: one multiplication a weight is enough then. If one was not, no sum of
     its row is finite, and all is computed again, with two multiplications.
@@ -258,8 +257,9 @@ def packed_product(
             later = tl.inline_asm_elementwise("shr.u32 $0, $1, 31;", "=r,r", [size], tl.int32, is_pure=True, pack=1)
             later = tl.multiple_of(later, 16)
             acc, acc_up = _product(
-                x + later, live, w + later, scale + later, rows + later, offset + later, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, False,
-                GATED, SWAP, WIDE, 2, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE, TOGETHER, SPLIT,
+                x + later, live, w + later, scale + later, rows + later, offset + later, stride_wn, stride_wup,
+                stride_sn, stride_sup, rows_left, Q, False, GATED, SWAP, WIDE, 2, BLOCK_M, BLOCK_N,
+                BLOCK_Q, EVEN_N, EVEN_Q, WHOLE, TOGETHER, SPLIT,
             )  # fmt: skip
     return acc, acc_up
 

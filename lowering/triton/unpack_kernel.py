@@ -46,9 +46,7 @@ def unpack_kernel(
     tl.store(out, side_by_side, mask=(n[:, None] < N - row) & (column[None, :] < 4 * Q))
 
 
-def unpack_launch(
-    w: Tensor, scale: Tensor, out: Tensor, first: int, pdl: bool
-) -> tuple[dict[str, Any], tuple[int]]:
+def unpack_launch(w: Tensor, scale: Tensor, out: Tensor, first: int, pdl: bool) -> tuple[dict[str, Any], tuple[int]]:
     """The kernel's arguments by name, and its grid. w: ``[E, N, K / 2]`` bytes; out: ``[experts, N, K]``."""
     words, codes = w.view(torch.uint8).view(torch.int16), scale.view(torch.uint8)
     experts, N, K = out.shape

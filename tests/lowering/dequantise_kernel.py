@@ -16,9 +16,8 @@ def dequantise_kernel(packed, scale, out, first, ROWS: tl.constexpr, WIDE: tl.co
     q, block = tl.arange(0, 32), tl.arange(0, 4)
     at = first + row[:, None] * 4 + block[None, :]
     words = tl.load(packed + row[:, None] * 32 + q[None, :])
-    w0, w1, w2, w3 = planes(
-        words, multipliers(load_scales(scale, at, at >= 0), loaded_selectors(scale, at), WIDE, False), ROWS, 32, WIDE, False
-    )  # fmt: skip
+    scales = multipliers(load_scales(scale, at, at >= 0), loaded_selectors(scale, at), WIDE, False)
+    w0, w1, w2, w3 = planes(words, scales, ROWS, 32, WIDE, False)
     at = out + row[:, None] * 128 + 4 * q[None, :]
     tl.store(at, w0)
     tl.store(at + 1, w1)

@@ -83,8 +83,8 @@ PACKED = [
     Case("mxfp4, rows of 3 bytes", T=9, E=3, D=96, I=32, packed=True, biases=True, routing="some outside"),
     Case("mxfp4, gpt-oss", D=96, I=64, packed=True, biases=True,
          attributes=dict(activation="swiglu_oai", limit=7.0, interleaved=True)),
-    Case("mxfp4, scales above 2", T=40, D=128, I=128, packed=True, operands="large scales"),
-    Case("mxfp4, rows of 18 scales", T=40, D=576, I=64, packed=True),
+    Case("mxfp4, scales above 2", T=3, E=2, K=1, D=64, I=32, packed=True, operands="large scales"),
+    Case("mxfp4, rows of 18 scales", T=2, E=2, K=1, D=576, I=32, packed=True),
     Case("mxfp4, scales of 6 bytes in all", T=2, K=1, E=1, D=32, I=32, packed=True, operands="uneven scales",
          attributes=dict(gated=False)),
 ]  # fmt: skip

@@ -82,9 +82,10 @@ def test_pairs_are_sorted_where_experts_would_be_read_twice() -> None:
     h200, small, large = by_name("h200"), 9.4e6, 49.8e6  # 3 * 768 * 2048 and 3 * 2880 * 2880 numbers in bf16
     assert reads_singly(h200, 1, 4, 32, large) and reads_singly(h200, 4, 8, 128, small)
     assert not reads_singly(h200, 16, 8, 128, small) and not reads_singly(h200, 4, 4, 32, large)
-    assert reads_singly(h200, 2, 8, 128, small / 4, packed=True)
-    assert reads_singly(h200, 2, 4, 32, large / 4, packed=True) and not reads_singly(h200, 4, 4, 32, large / 4, packed=True)
-    assert not reads_singly(h200, 8, 8, 128, small / 4, packed=True)
+    for tokens, top_k, experts, size, singly in (
+        (2, 8, 128, small, True), (8, 8, 128, small, False), (2, 4, 32, large, True), (4, 4, 32, large, False),
+    ):  # fmt: skip
+        assert reads_singly(h200, tokens, top_k, experts, size / 4, packed=True) == singly
 
 
 def test_weights_are_unpacked_for_many_rows_in_bounded_memory() -> None:
