@@ -205,6 +205,9 @@ def _last_of(run: list[Node], read: Callable[[Node], Found]) -> tuple[Found | No
                     refusal = refusal or why.refusal
                     answers[k] = why.partial
                     run[k].meta[_TRIED] = not why.partial
+                except RecursionError:
+                    refusal = refusal or Refusal(_TOO_DEEP, run[k])
+                    run[k].meta[_TRIED] = True
         return answers[k] is not False
 
     low = 0
@@ -223,6 +226,7 @@ def _last_of(run: list[Node], read: Callable[[Node], Found]) -> tuple[Found | No
     return (found[-1] if found else None), refusal  # type: ignore[return-value]
 
 
+_TOO_DEEP = "this loop over experts is too long to be read; stack their weights in one tensor and multiply by group"
 _TRIED, _DEAD = "sm12x_moe_tried", "sm12x_moe_dead"
 
 

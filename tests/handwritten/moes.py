@@ -412,30 +412,6 @@ def noisy_top_k_of_filled_logits():
     return Feed(), tokens
 
 
-@case(form="loop", experts=E, top_k=K, activation="relu", gated=False, bias=True, stacked=True)
-def loop_over_masked_rows_weighed_by_their_column():
-    class Feed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.router = nn.Linear(D, E)
-            self.experts = nn.ModuleList(
-                nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D), nn.Dropout(0.1)) for _ in range(E)
-            )
-
-        def forward(self, x):
-            logits = self.router(x)
-            best, ids = logits.topk(K, dim=-1)
-            gates = torch.full_like(logits, float("-inf")).scatter(-1, ids, best).softmax(-1)
-            flat, flat_gates, out = x.view(-1, D), gates.view(-1, E), torch.zeros_like(x).view(-1, D)
-            for e, expert in enumerate(self.experts):
-                mask = (ids == e).any(dim=-1).view(-1)
-                if mask.any():
-                    out[mask] += expert(flat[mask]) * flat_gates[mask, e].unsqueeze(1)
-            return out.view_as(x)
-
-    return Feed(), tokens
-
-
 @case(form="dense", experts=E, top_k=1, activation="silu", weight_on="input", layout="ekn")
 def all_experts_on_inputs_weighed_by_sigmoid():
     class Feed(nn.Module):
