@@ -133,11 +133,9 @@ def test_a_prompt_of_a_compressing_cache(experts: str | None) -> None:
 
 
 @pytest.mark.nightly
-def test_a_compressing_cache_settles() -> None:
-    """Empty, one, open or closing buffers of two rates, first without entries, then with one, then with many.
-
-    More than Dynamo's limit of 8, which must be raised; then no further graph.
-    """
+def test_a_compressing_cache_is_beyond_the_limit() -> None:
+    """Each length of its buffers is a computation of its own (empty, one, open, closing; of two rates; with no entry
+    yet, one, many), which are more than Dynamo's limit: a loud word, and eager's results."""
     model = build_compressing(None)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=sm12x_compile.sm12x, options={"codegen": "eager"})
@@ -146,12 +144,11 @@ def test_a_compressing_cache_settles() -> None:
     def steps(forward: Any) -> Iterator[Tensor]:
         cache = transformers.DynamicCache(config=model.config)
         yield forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
-        for k in range(40):
-            yield forward(input_ids=ids[:, k % 10, None], past_key_values=cache, use_cache=True).logits
+        for k in range(9):
+            yield forward(input_ids=ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits
 
-    graphs = []
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=32), sm12x_compile.collect() as report:
+    with torch.no_grad(), pytest.warns(UserWarning, match="EAGER MODE"), sm12x_compile.collect() as report:
         for got, wanted in zip(steps(compiled), steps(model), strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-            graphs.append(report.graphs)
-    assert graphs[18:] == [14] * len(graphs[18:]), graphs
+    assert report.graphs == torch._dynamo.config.recompile_limit
+    assert any("buffer_kv" in line for line in report.warnings)
