@@ -30,15 +30,20 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A name of the backend, or a submodule that comes with it, after loading the whole."""
-    if name.startswith("__"):
-        raise AttributeError(name)
-    import_module(".backend", __name__)
+    """A name of the backend, after loading the whole, or a submodule."""
     if name in _HOMES:
+        import_module(".backend", __name__)
         globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name not in globals():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
+        return globals()[name]
+    missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("_"):
+        raise missing
+    try:
+        return import_module(f".{name}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name == f"{__name__}.{name}":
+            raise missing from None
+        raise
 
 
 def __dir__() -> list[str]:

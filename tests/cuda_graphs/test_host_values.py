@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Callable[..., Any], int]] = {
     "filled": (lambda n, x: (torch.full((2, 2), n), torch.scalar_tensor(n, dtype=torch.int64) + x), 1),
     "filled, int32": (lambda n, x: (torch.full((2,), n, dtype=torch.int32),), 1),
     "counted on": (lambda n, x: (n + 1, x + n, n * 2), 1),
+    "a choice": (lambda n, x: (torch.where(torch.full((), torch.sym_ite(n >= 5, 1, 0)) != 0, x + n, x),), 1),
     "two": (lambda n, m, x: (x + n - m, n + m), 2),
     "clamped": (lambda n, x: (x.clamp(max=n), torch.where(x > n, x, 0)), 1),
 }

@@ -103,6 +103,11 @@ def test_a_decode_step_is_one_graph(name: str) -> None:
         logits: Tensor = forward(input_ids=token, past_key_values=cache, use_cache=True).logits
         return logits
 
+    def state(cache: Any) -> list[Any]:
+        """The numbers and tensors that a cache holds, layer by layer."""
+        held = [leaf for layer in cache.layers for leaf in torch.utils._pytree.tree_leaves(vars(layer))]
+        return [x for x in held if isinstance(x, (Tensor, int))]
+
     theirs, ours = start(), start()
     token = prompt[:, -1:].clone(memory_format=torch.contiguous_format)
     with sm12x_compile.collect() as report:
@@ -117,6 +122,8 @@ def test_a_decode_step_is_one_graph(name: str) -> None:
         best = want.topk(2).values
         if float(best[..., 0] - best[..., 1]) > 5e-3:
             assert torch.equal(got.argmax(-1), want.argmax(-1))
+    torch.testing.assert_close(state(ours), state(theirs), atol=2e-3, rtol=2e-3)
+    assert report.graphs == 1, report.recompiles
     assert report.cuda_graph == (True, None), str(report)
     assert not report.syncs
     non_static = torch._dynamo.utils.counters["inductor"]["cudagraph_recorded_non_static_inputs"]

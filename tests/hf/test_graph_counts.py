@@ -103,3 +103,52 @@ def test_64_steps_across_the_window(name: str, codegen: str) -> None:
     assert report.graphs == 1, report.recompiles
     assert not any("left as it is" in line for line in report.code_rewrites)
     assert len(report.rewritten) == len(report.sites) > 0
+
+
+def build_compressing(experts: str | None) -> Any:
+    """A family whose cache closes a window every 4 or 8 tokens: the lengths of its buffers are its state."""
+    rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}
+    config = transformers.AutoConfig.for_model(
+        "deepseek_v4", vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, qk_rope_head_dim=8, q_lora_rank=16, o_lora_rank=8, o_groups=2,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1,
+        max_position_embeddings=256, sliding_window=8, layer_types=list(rates), compress_rates=rates, index_topk=8,
+        index_head_dim=16, index_n_heads=2, hc_mult=2, num_hash_layers=1, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    chosen = {} if experts is None else {"experts_implementation": experts}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, **chosen).float().eval().requires_grad_(False)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                tensor.normal_(0, 0.1)
+    return model
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("experts", IMPLEMENTATIONS)
+def test_a_prompt_of_a_compressing_cache(experts: str | None) -> None:
+    check(build_compressing(experts), "prompt", calls)
+
+
+@pytest.mark.nightly
+def test_a_compressing_cache_is_beyond_the_limit() -> None:
+    """Each length of its buffers is a computation of its own (empty, one, open, closing; of two rates; with no entry
+    yet, one, many), which are more than Dynamo's limit: a loud word, and eager's results."""
+    model = build_compressing(None)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=sm12x_compile.sm12x, options={"codegen": "eager"})
+    ids = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(1))
+
+    def steps(forward: Any) -> Iterator[Tensor]:
+        cache = transformers.DynamicCache(config=model.config)
+        yield forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        for k in range(9):
+            yield forward(input_ids=ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits
+
+    with torch.no_grad(), pytest.warns(UserWarning, match="EAGER MODE"), sm12x_compile.collect() as report:
+        for got, wanted in zip(steps(compiled), steps(model), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert report.graphs == torch._dynamo.config.recompile_limit
+    assert any("buffer_kv" in line for line in report.warnings)
