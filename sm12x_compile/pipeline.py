@@ -91,13 +91,16 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
     if packed:
         found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in mark_packed(view)]
     for pattern in wanted:
+        answers = []
         for anchor in list(normal.graph.nodes):
             if anchor.op != "call_function" or anchor.target not in pattern.anchors or not anchor.users:
                 continue
             outcome = _try(pattern, anchor, view)
             if outcome is not None:
-                found.append(outcome)
+                answers.append((anchor, outcome))
         clean(normal)
+        there = set(normal.graph.nodes)  # a near-miss inside what was rewritten later is none
+        found += [outcome for anchor, outcome in answers if outcome[0].status != "near-miss" or anchor in there]
     if packed:
         left = [Refusal(_ELSEWHERE, dense) for dense in unmark(view)]
         found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in left]
