@@ -82,13 +82,16 @@ def known_nonnegative(x: Node) -> bool:
     """Whether a tensor is nonnegative by how it is made."""
     while op_name(x) in LAYOUT - _MASKED and isinstance(x.args[0], Node) and len(x.all_input_nodes) == 1:
         x = x.args[0]
-    if op_name(x) in ("mul", "add"):
-        given = x.args[:2]
-        return all(known_nonnegative(a) if isinstance(a, Node) else a >= 0 for a in given) and not x.kwargs
-    if op_name(x) in ("rsub", "sub"):  # 1 - sigmoid
-        of, less = x.args[:2] if op_name(x) == "sub" else x.args[1::-1]
-        return isinstance(less, Node) and op_name(less) == "sigmoid" and isinstance(of, (int, float)) and of >= 1
+    if op_name(x) in ("mul", "add") and not x.kwargs:
+        return all(known_nonnegative(a) if isinstance(a, Node) else _is_at_least(a, 0) for a in x.args)
+    if op_name(x) in ("rsub", "sub") and len(x.args) == 2 and not x.kwargs:  # 1 - sigmoid
+        of, less = x.args if op_name(x) == "sub" else x.args[::-1]
+        return isinstance(less, Node) and op_name(less) == "sigmoid" and _is_at_least(of, 1)
     return op_name(x) in _NONNEGATIVE
+
+
+def _is_at_least(x: Any, bound: float) -> bool:
+    return isinstance(x, (int, float)) and x >= bound
 
 
 def _carries(user: Node, node: Node, size: Any) -> bool:

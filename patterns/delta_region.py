@@ -134,7 +134,7 @@ def _chain(node: Node) -> tuple[Node, ...]:
     found = [node]
     while len(node.users) == 1:
         (user,) = node.users
-        others = [n for n in user.all_input_nodes if n is not node]
+        others = [n for n in user.all_input_nodes if n is not node and shape(n) is not None]
         if op_name(user) not in LAYOUT | {"sum", "squeeze"} or any(not is_zero(_base(n)) for n in others):
             break
         node = user

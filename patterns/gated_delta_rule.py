@@ -45,6 +45,9 @@ _ANCHORS = (
 )  # fmt: skip
 
 
+_SIGN = "the factor that decays the state may be negative; behind a sigmoid or an exponential it could not"
+
+
 @register_pattern("gated_delta_rule", anchors=_ANCHORS)
 def gated_delta_rule(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None:
     """Recognise one recurrence where its state begins, or report a call of the op."""
@@ -60,8 +63,7 @@ def gated_delta_rule(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None
             return None
         return Refusal(str(reason), anchor, {"recurrence": "decayed state"})
     if reading.factor and not known_nonnegative(reading.operands["g"].node):
-        reason = "the factor that decays the state may be negative; behind a sigmoid or an exponential it could not"
-        return Refusal(reason, anchor, {"recurrence": "decayed state"})
+        return Refusal(_SIGN, anchor, {"recurrence": "decayed state"})
     try:
         return _emit(graph, region, reading, certificate)
     except CannotArrange as reason:
