@@ -9,18 +9,22 @@ Layers repeat: a certificate is kept by the structure of the region.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_map_only
 
+from sm12x_compile.index_algebra import size_of
 from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.ops import gated_delta_rule as op
 from sm12x_compile.smooth import NotSmooth, bench, close
 
-from .delta_operands import HEADS_FIRST, NO_TOKENS, Operand, Reading, readings
-from .delta_region import Region, op_name
+from .delta_operands import Operand, Reading, readings
+from .delta_region import Region, op_name, shape
 
 TOLERANCE = 1e-7
 MOST_ELEMENTS = 200_000_000  # of all values of a run
@@ -39,6 +43,7 @@ class Certificate:
     operands: tuple[tuple[str, int, str], ...]
     output: tuple[int, str]
     transposed: bool
+    factor: bool
     tokens: int
     scale: float
     qk_l2norm: str
@@ -67,7 +72,7 @@ def certify(region: Region) -> tuple[Reading, Certificate]:
         raise Uncertain(found)
     operands = {role: Operand(nodes[k], layout) for role, k, layout in found.operands}
     output = Operand(nodes[found.output[0]], found.output[1])
-    return Reading(operands, output, found.transposed, found.tokens), found
+    return Reading(operands, output, found.transposed, found.factor, found.tokens), found
 
 
 def _structure(region: Region, place: dict[Node, int]) -> Any:
@@ -92,9 +97,10 @@ class _Experiment:
         self.region, self.place = region, place
         self.zeros = op_name(region.state) in ("zeros", "zeros_like", "new_zeros", "full")
         self.seed = 0
-        elements = sum(n.meta["val"].numel() for n in region.nodes if isinstance(n.meta.get("val"), Tensor))
-        if not isinstance(elements, int):
-            raise Uncertain("sizes inside the recurrence are symbolic")
+        self.sizes = _trials(region)
+        self.size = self.sizes[0]
+        tensors = (n for n in region.nodes if isinstance(n.meta.get("val"), Tensor))
+        elements = sum(prod(map(self._number, shape_of(n))) for n in tensors)
         if elements > MOST_ELEMENTS:
             raise Uncertain(f"the recurrence holds {elements:.1e} values, too many to try it out")
         numbers = [a for n in region.nodes for a in n.args if isinstance(a, float) and 0 < a < 1e-2]
@@ -121,6 +127,11 @@ class _Experiment:
                 values = self._draw(reading, length)
                 if not self._agrees(reading, values, self._evaluate(reading, values), scale, norm, eps):
                     raise Uncertain("on some operands the recurrence is not the gated delta rule")
+            for size in (*self.sizes[1:], *self.sizes[:1]) if len(self.sizes) > 1 else ():
+                self.size = size
+                values = self._draw(reading, 1.0)
+                if not self._agrees(reading, values, self._evaluate(reading, values), scale, norm, eps):
+                    raise Uncertain("with another batch the recurrence is not the gated delta rule")
             if norm != "none":
                 norm = "rsqrt" if "rsqrt" in uses else "sqrt"
             K = self._key_dim(reading)
@@ -128,8 +139,9 @@ class _Experiment:
             operands = tuple((r, self.place[o.node], o.layout) for r, o in reading.operands.items())
             output = (self.place[reading.output.node], reading.output.layout)
             return Certificate(
-                operands, output, reading.transposed, reading.tokens, plain[0] if plain else scale, norm, eps
-            )
+                operands, output, reading.transposed, reading.factor, reading.tokens, plain[0] if plain else scale,
+                norm, eps,
+            )  # fmt: skip
         raise Uncertain("this recurrence with a decayed state is not the gated delta rule")
 
     # ------------------------------------------------------------ one draw
@@ -142,14 +154,15 @@ class _Experiment:
         generator = torch.Generator().manual_seed(self.seed)
         values = {}
         for role, operand in reading.operands.items():
-            size = tuple(operand.node.meta["val"].shape)
+            size = self._shape(operand.node)
             normal = torch.randn(size, generator=generator, dtype=torch.float64)
             uniform = torch.rand(size, generator=generator, dtype=torch.float64)
+            decay = -0.3 * uniform
             values[operand.node] = {
-                "q": length * normal, "k": min(length, 0.5) * normal, "v": normal, "g": -0.3 * uniform, "beta": uniform,
+                "q": length * normal, "k": min(length, 0.5) * normal, "v": normal,
+                "g": decay.exp() if reading.factor else decay, "beta": uniform,
             }[role]  # fmt: skip
-        size = tuple(self.region.state.meta["val"].shape)
-        state = torch.randn(size, generator=generator, dtype=torch.float64)
+        state = torch.randn(self._shape(self.region.state), generator=generator, dtype=torch.float64)
         values[self.region.state] = torch.zeros_like(state) if self.zeros else state
         return values
 
@@ -162,10 +175,26 @@ class _Experiment:
             for node in self.region.nodes:
                 if node not in needed or node in env:
                     continue
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _value(env, n))
+                given = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(env, n))
+                args, kwargs = tree_map_only(torch.SymInt, self._number, given)
                 kwargs = {k: torch.float64 if v in _FLOATS else v for k, v in kwargs.items() if k != "device"}
                 env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return env[ends[0]], env[ends[1]] if len(ends) > 1 else None
+
+    def _value(self, env: dict[Node, Any], node: Node) -> Any:
+        if node in env:
+            return env[node]
+        value = node.meta.get("val")
+        if isinstance(value, (int, torch.SymInt)):
+            return self._number(value)
+        raise Uncertain(f"the recurrence reads {node.name} beside its operands")
+
+    def _number(self, size: Any) -> int:
+        size = size_of(size) if isinstance(size, torch.SymInt) else size
+        return int(size if isinstance(size, int) else size.xreplace(self.size))
+
+    def _shape(self, node: Node) -> tuple[int, ...]:
+        return tuple(map(self._number, shape_of(node)))
 
     def _needed(self, ends: list[Node], values: dict[Node, Tensor]) -> set[Node]:
         inside, found = set(self.region.nodes), set()
@@ -184,13 +213,16 @@ class _Experiment:
         self, reading: Reading, values: dict[Node, Tensor], scale: float, norm: str, eps: float
     ) -> tuple[Tensor, Tensor]:
         q, k, v, g, beta = (to_op(values[o.node], o.layout) for o in map(reading.operands.get, _ORDER) if o)
+        g = g.log() if reading.factor else g
         state = values[self.region.state]
-        start = None if self.zeros else state.mT if reading.transposed else state
+        state = state.mT if reading.transposed else state
+        start = None if self.zeros else state.reshape(-1, *state.shape[-3:])
         with torch.no_grad():
             try:
                 o, final = op.reference(q, k, v, g, beta, scale, start, qk_l2norm=norm, eps=eps)
             except (RuntimeError, ValueError) as error:
                 raise Uncertain(f"the operands do not fit together ({error})") from None
+        final = final.reshape(state.shape)
         return from_op(o, reading.output.layout), final.mT if reading.transposed else final
 
     def _scale(
@@ -215,20 +247,40 @@ class _Experiment:
 _ORDER = ("q", "k", "v", "g", "beta")
 
 
-def _value(env: dict[Node, Any], node: Node) -> Any:
-    if node in env:
-        return env[node]
-    value = node.meta.get("val")
-    if isinstance(value, int):
-        return value
-    raise Uncertain(f"the recurrence reads {node.name} beside its operands")
+def _trials(region: Region) -> list[dict[sympy.Symbol, int]]:
+    """Numbers for the symbolic sizes of a region: those that it was traced with, and others.
+
+    Raises:
+        Uncertain: something else than the batch is symbolic.
+    """
+    batch, *rest = shape_of(region.state)
+    if not isinstance(batch, int) and all(isinstance(n, int) for n in rest) and isinstance(batch, sympy.Symbol):
+        symbols = {batch}
+        traced = region.state.meta["val"].shape[0].node.hint
+    else:
+        symbols, traced = set(), 0
+    for node in (*region.leaves, *region.nodes):
+        value = node.meta.get("val")
+        sizes = [size_of(value)] if isinstance(value, torch.SymInt) else shape(node) or ()
+        if any(not isinstance(n, int) and n.free_symbols - symbols for n in sizes):
+            raise Uncertain(
+                "a size inside the recurrence is symbolic, and only its batch may be: tokens, heads and head dims "
+                "must be known, as they are without dynamic=True or with torch._dynamo.mark_static"
+            )
+    if not symbols:
+        return [{}]
+    if not isinstance(traced, int):
+        raise Uncertain("the batch of the recurrence is known at run time alone, so that it cannot be tried out")
+    return [{batch: traced}, {batch: traced + 1}]
 
 
 def to_op(x: Any, layout: str) -> Any:
     """From a layout to ``[B, T, H, ...]``."""
-    return x.transpose(1, 2) if layout == HEADS_FIRST else x.unsqueeze(1) if layout == NO_TOKENS else x
+    x = x if "b" in layout else x.unsqueeze(0)
+    return x.transpose(1, 2) if "ht" in layout else x if "t" in layout else x.unsqueeze(1)
 
 
 def from_op(x: Any, layout: str) -> Any:
     """From ``[B, T, H, ...]`` to a layout."""
-    return x.transpose(1, 2) if layout == HEADS_FIRST else x.squeeze(1) if layout == NO_TOKENS else x
+    x = x.transpose(1, 2) if "ht" in layout else x if "t" in layout else x.squeeze(1)
+    return x if "b" in layout else x.squeeze(0)

@@ -14,9 +14,9 @@ from sm12x_compile.smooth import LAYOUT
 
 from .delta_region import Region, op_name, shape
 
-# Where batch, token and head stand in a tensor ``[..., D]``; a single token may have no dimension of its own.
-TOKENS_FIRST, HEADS_FIRST, NO_TOKENS = "bth", "bht", "bh"
-LAYOUTS = (TOKENS_FIRST, HEADS_FIRST, NO_TOKENS)
+# Where batch, token and head stand in a tensor ``[..., D]``. A single token may have no dimension of its own, and
+# neither need a batch of one, where the state has none: by the state's number of dimensions.
+LAYOUTS = {4: ("bth", "bht", "bh"), 3: ("th", "ht", "h")}
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,14 @@ class Reading:
         operands: q, k, v, g, beta by name.
         output: the node that is the output, and its layout.
         transposed: the state is ``[B, H, V, K]``.
+        factor: the decay's operand multiplies the state as it is; else its exponential does.
         tokens: T.
     """
 
     operands: dict[str, Operand]
     output: Operand
     transposed: bool
+    factor: bool
     tokens: Any
 
 
@@ -46,12 +48,13 @@ def readings(region: Region) -> Iterator[Reading]:
     """All readings that shapes allow; few, unless sizes coincide."""
     size = shape(region.state)
     assert size is not None
-    B, H, *rest = size
+    B, H, *rest = size if len(size) == 4 else (1, *size)
     for transposed in (False, True):
         K, V = rest[::-1] if transposed else rest
         for output, tokens in _outputs(region, B, H, V):
-            for nodes in _cuts(region, output.node, (B, tokens, H, K, V)):
-                yield from _assign(region, nodes, output, transposed, (B, tokens, H, K, V))
+            sizes = (LAYOUTS[len(size)], B, tokens, H, K, V)
+            for nodes in _cuts(region, output.node, sizes):
+                yield from _assign(region, nodes, output, transposed, sizes)
 
 
 def _outputs(region: Region, B: Any, H: Any, V: Any) -> Iterator[tuple[Operand, Any]]:
@@ -60,7 +63,7 @@ def _outputs(region: Region, B: Any, H: Any, V: Any) -> Iterator[tuple[Operand, 
         size = shape(node)
         if size is None:
             continue
-        for layout in LAYOUTS:
+        for layout in LAYOUTS[len(shape(region.state) or ())]:
             tokens = _tokens(size, layout, B, H, V)
             if tokens is not None:
                 yield Operand(node, layout), tokens
@@ -70,14 +73,14 @@ def _tokens(size: Sequence[Any], layout: str, B: Any, H: Any, D: Any) -> Any:
     if len(size) != len(layout) + 1 or size[-1] != D:
         return None
     named = dict(zip(layout, size, strict=False))
-    return named.get("t", 1) if named["b"] == B and named["h"] == H else None
+    return named.get("t", 1) if named.get("b", B) == B and named["h"] == H else None
 
 
-def _layouts(size: Sequence[Any], B: Any, T: Any, heads: Any, D: Any) -> list[str]:
+def _layouts(family: Sequence[str], size: Sequence[Any], B: Any, T: Any, heads: Any, D: Any) -> list[str]:
     """The layouts in which a shape is ``[B, T, heads, D]``; D is None for a number a head."""
     found = []
-    for layout in LAYOUTS:
-        if layout == NO_TOKENS and T != 1:
+    for layout in family:
+        if "t" not in layout and T != 1:
             continue
         dims = [{"b": B, "t": T, "h": heads}[x] for x in layout] + ([] if D is None else [D])
         if list(size) == dims:
@@ -235,21 +238,21 @@ def _strictly_above(node: Node, inside: set[Node]) -> set[Node]:
     return found
 
 
-def _roles(node: Node, B: Any, T: Any, H: Any, K: Any, V: Any) -> dict[str, list[str]]:
+def _roles(node: Node, family: Sequence[str], B: Any, T: Any, H: Any, K: Any, V: Any) -> dict[str, list[str]]:
     """What an operand of this shape could be, with the layouts in which it is."""
     size = shape(node)
     if size is None or not node.meta["val"].dtype.is_floating_point:
         return {}
     found: dict[str, list[str]] = {}
     for heads in _head_counts(size, H):
-        keys = _layouts(size, B, T, heads, K)
+        keys = _layouts(family, size, B, T, heads, K)
         if keys:
             found["k"] = found["q"] = keys
     for role, D in (("v", V), ("beta", None)):
-        layouts = _layouts(size, B, T, H, D)
+        layouts = _layouts(family, size, B, T, H, D)
         if layouts:
             found[role] = layouts
-    g = [*_layouts(size, B, T, H, None), *_layouts(size, B, T, H, K)]
+    g = [*_layouts(family, size, B, T, H, None), *_layouts(family, size, B, T, H, K)]
     return {**found, "g": g} if g else found
 
 
@@ -272,15 +275,17 @@ def _assign(
             continue
         if shape(named["q"]) is None or _heads(roles, named, "q", sizes) != _heads(roles, named, "k", sizes):
             continue
-        for layouts in _layout_choices(roles, named):
+        for layouts in _layout_choices(sizes[0], roles, named):
             operands = {r: Operand(n, layouts[r]) for r, n in named.items()}
-            yield Reading(operands, output, transposed, sizes[1])
+            yield Reading(operands, output, transposed, decay is None, sizes[2])
 
 
-def _layout_choices(roles: dict[Node, dict[str, list[str]]], named: dict[str, Node]) -> Iterator[dict[str, str]]:
+def _layout_choices(
+    family: Sequence[str], roles: dict[Node, dict[str, list[str]]], named: dict[str, Node]
+) -> Iterator[dict[str, str]]:
     """One layout for all first, then each its own."""
     options = {r: roles[n][r] for r, n in named.items()}
-    for layout in LAYOUTS:
+    for layout in family:
         if all(layout in o for o in options.values()):
             yield dict.fromkeys(options, layout)
     if len({tuple(o) for o in options.values()}) > 1:

@@ -3,8 +3,7 @@
 The recurrences of linear attention carry one state ``[B, H, K, V]`` through the graph, token by token or chunk by
 chunk, however the copies of the loop are spelled. That state is the anchor:
 
-* it begins as an operand that is decayed (multiplied by an exponential) or as zeros;
-* it is followed through decays and additions to the last one, the final state;
+* it begins as an operand that is decayed or as zeros, and is followed to the final state (`delta_carry.py`);
 * what reads it and does not lead back into it converges on one node, the output;
 * what these two are made of, back to where the operands have the shapes of the operator's, is the region.
 """
@@ -20,18 +19,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from sm12x_compile.index_algebra import Size
-from sm12x_compile.index_algebra.expr import shape_of
 from sm12x_compile.smooth import LAYOUT, SMOOTH, words
+
+from .delta_carry import follow, initial_state, is_zero, op_name, shape
 
 aten = torch.ops.aten
 # Smooth as well, but where a layer's own projections and gates begin.
 _OUTSIDE = words("linear sigmoid expm1 embedding")
 _REGION = SMOOTH - _OUTSIDE
-_ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default}
 _OF_SIZE = words("zeros_like ones_like new_zeros new_ones full_like new_full empty_like new_empty sym_size")
-_COPIES = words("clone _to_copy copy alias contiguous to lift_fresh_copy")
-_SCATTERS = words("select_scatter slice_scatter copy")
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Region:
     Attributes:
         state: the initial state.
         final: the final state; None if nobody outside reads it.
-        decays: whether a decayed state was followed; else `state` may be any zeros.
+        decays: whether a state was followed that an exponential decays; else it may be anything.
         outputs: nodes that could stand for the output, from the first to the last: copies and views of one another.
         nodes: everything between `state`, the leaves and the outputs, in the order of the graph.
         leaves: where the data comes from.
@@ -55,26 +51,16 @@ class Region:
     leaves: tuple[Node, ...]
 
 
-def op_name(node: Node) -> str:
-    target = node.target
-    if target is operator.getitem:
-        return "getitem"
-    return target._schema.name.split("::")[-1] if isinstance(target, torch._ops.OpOverload) else ""
-
-
-def shape(node: Node) -> tuple[Size, ...] | None:
-    """The sizes of a tensor; None for anything else."""
-    return shape_of(node) if isinstance(node.meta.get("val"), torch.Tensor) else None
-
-
 def find_region(anchor: Node) -> Region | None:
     """The region whose state begins at `anchor`: a first decay of a state, or a state of zeros."""
-    state = _initial_state(anchor)
+    state = initial_state(anchor)
     if state is None:
+        return None
+    last, decays = follow(state)
+    if last is None and (len(shape(state) or ()) == 3 or not is_zero(state)):
         return None
     order = {node: k for k, node in enumerate(state.graph.nodes)}
     after = _descendants(state)
-    last = _follow(state)
     path = _ancestors_within(last, after) if last is not None else set()
     outputs = _converge(state, path, after, order)
     if not outputs:
@@ -82,86 +68,7 @@ def find_region(anchor: Node) -> Region | None:
     final = last if last is not None and any(_keeps_state(u, last, shape(last)) for u in last.users) else None
     ends = [outputs[-1], *([final] if final is not None else [])]
     nodes, leaves = _between(state, ends, order)
-    return Region(state, final, last is not None, outputs, nodes, leaves)
-
-
-# ---------------------------------------------------------------- the state
-
-
-def _initial_state(anchor: Node) -> Node | None:
-    size = shape(anchor)
-    if size is None or len(size) != 4:
-        return None
-    if anchor.target in _ZEROS:
-        users = {op_name(u) for u in anchor.users}
-        # A buffer for the output is written, not read.
-        return anchor if users and not users <= _SCATTERS and _is_zero(anchor) else None
-    decayed = _decayed(anchor)
-    if decayed is None or _is_zero(decayed) or _is_update(decayed):
-        return None
-    return decayed
-
-
-def _is_zero(node: Node) -> bool:
-    while op_name(node) in _COPIES and node.target is not aten.copy.default and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node.target in _ZEROS and not (node.target is aten.full.default and node.args[1])
-
-
-def _decayed(node: Node) -> Node | None:
-    """The state in ``state * exp(...)``, the exponential the same for all columns; None where it is not that."""
-    if node.target is not aten.mul.Tensor:
-        return None
-    size = shape(node)
-    for state, decay in (node.args, node.args[::-1]):
-        if not isinstance(state, Node) or not isinstance(decay, Node):
-            continue
-        if shape(state) == size != shape(decay) and _is_exponential(decay):
-            return state
-    return None
-
-
-def _is_exponential(node: Node) -> bool:
-    while op_name(node) in LAYOUT and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node.target in (aten.exp.default, aten.exp2.default)
-
-
-def _is_update(state: Node) -> bool:
-    """Whether a state is a decayed one with something added."""
-    waiting, seen = [state], 0
-    while waiting and seen < 8:
-        node, seen = waiting.pop(), seen + 1
-        if op_name(node) in _COPIES and isinstance(node.args[0], Node):
-            waiting.append(node.args[0])
-        elif op_name(node) in ("add", "sub"):
-            waiting += [a for a in node.args if isinstance(a, Node) and shape(a) == shape(state)]
-        elif _decayed(node) is not None:
-            return True
-    return False
-
-
-def _follow(state: Node) -> Node | None:
-    """The last state that is carried: through decays, additions and copies of the same shape."""
-    size, node, final = shape(state), state, None
-    while True:
-        step = next((u for u in node.users if _carries(u, node, size)), None)
-        if step is None:
-            return final
-        node = step
-        if op_name(node) in ("add", "sub"):
-            final = node
-
-
-def _carries(user: Node, node: Node, size: Any) -> bool:
-    if shape(user) != size or not user.users:
-        return False
-    name = op_name(user)
-    if name in ("add", "sub"):
-        return user.args[0] is node or name == "add"
-    if name in _COPIES and user.args[0] is node:
-        return any(_carries(u, user, size) for u in user.users)
-    return _decayed(user) is node
+    return Region(state, final, decays, outputs, nodes, leaves)
 
 
 # ---------------------------------------------------------------- the output
@@ -227,8 +134,8 @@ def _chain(node: Node) -> tuple[Node, ...]:
     found = [node]
     while len(node.users) == 1:
         (user,) = node.users
-        others = [n for n in user.all_input_nodes if n is not node]
-        if op_name(user) not in LAYOUT | {"sum", "squeeze"} or any(not _is_zero(_base(n)) for n in others):
+        others = [n for n in user.all_input_nodes if n is not node and shape(n) is not None]
+        if op_name(user) not in LAYOUT | {"sum", "squeeze"} or any(not is_zero(_base(n)) for n in others):
             break
         node = user
         found.append(node)

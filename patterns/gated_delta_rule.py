@@ -30,8 +30,9 @@ from sm12x_compile.match import CannotArrange, GraphView, Refusal, Rewrite, sour
 from sm12x_compile.ops import gated_delta_rule as op
 from sm12x_compile.registry import register_pattern
 
+from .delta_carry import known_nonnegative
 from .delta_certificate import Certificate, Uncertain, certify
-from .delta_operands import HEADS_FIRST, NO_TOKENS, Operand, Reading
+from .delta_operands import Operand, Reading
 from .delta_region import Region, find_region
 from .state import FEW_TOKENS, every_row, is_private, write_of
 
@@ -42,6 +43,9 @@ _COPIES = {aten.copy.default, aten._to_copy.default, aten.clone.default, aten.al
 _ANCHORS = (
     _OP, aten.mul.Tensor, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default,
 )  # fmt: skip
+
+
+_SIGN = "the factor that decays the state may be negative; behind a sigmoid or an exponential it could not"
 
 
 @register_pattern("gated_delta_rule", anchors=_ANCHORS)
@@ -58,6 +62,8 @@ def gated_delta_rule(anchor: Node, graph: GraphView) -> Rewrite | Refusal | None
         if not region.decays:  # nothing in it need be a state
             return None
         return Refusal(str(reason), anchor, {"recurrence": "decayed state"})
+    if reading.factor and not known_nonnegative(reading.operands["g"].node):
+        return Refusal(_SIGN, anchor, {"recurrence": "decayed state"})
     try:
         return _emit(graph, region, reading, certificate)
     except CannotArrange as reason:
@@ -143,6 +149,8 @@ def _emit(graph: GraphView, region: Region, reading: Reading, certificate: Certi
     node = reading.output.node
     with graph.graph.inserting_before(before):
         q, k, v, g, beta = (_to_op(graph, reading.operands[r]) for r in ("q", "k", "v", "g", "beta"))
+        if reading.factor:
+            g = graph.call(aten.log.default, _widened(graph, g))
         extra: dict[str, Any] = {}
         if certificate.qk_l2norm != "none":
             extra = {"qk_l2norm": certificate.qk_l2norm, "eps": certificate.eps}
@@ -150,7 +158,8 @@ def _emit(graph: GraphView, region: Region, reading: Reading, certificate: Certi
         if dtype != v.meta["val"].dtype:
             extra["out_dtype"] = dtype
         place = None
-        if not zeros and not reading.transposed and region.final is not None:
+        batch = "b" in reading.output.layout
+        if not zeros and batch and not reading.transposed and region.final is not None:
             place = _pool(region.state, region.final, reading.tokens, set(region.nodes))
         if place is not None:
             pool, write = place
@@ -159,7 +168,7 @@ def _emit(graph: GraphView, region: Region, reading: Reading, certificate: Certi
             tags = {**_tags(certificate, q, v, g), "state": "in place"}
             return Rewrite(node, call, _from_op(graph, call, reading.output), tags, obsolete=(write,))
         if not zeros:
-            start = region.state
+            start = region.state if batch else graph.call(aten.unsqueeze.default, region.state, 0)
             extra["initial_state"] = graph.call(aten.transpose.int, start, 2, 3) if reading.transposed else start
         call = graph.call(_OP, q, k, v, g, beta, certificate.scale, **extra)
         o = _from_op(graph, graph.call(operator.getitem, call, 0), reading.output)
@@ -168,6 +177,8 @@ def _emit(graph: GraphView, region: Region, reading: Reading, certificate: Certi
             final = graph.call(operator.getitem, call, 1)
             if reading.transposed:
                 final = graph.call(aten.transpose.int, final, 2, 3)
+            if not batch:
+                final = graph.call(aten.squeeze.dim, final, 0)
             if final.meta["val"].dtype != region.final.meta["val"].dtype:
                 final = graph.call(aten._to_copy.default, final, dtype=region.final.meta["val"].dtype)
             also = [(region.final, final)]
@@ -185,15 +196,24 @@ def _tags(certificate: Certificate, q: Node, v: Node, g: Node) -> dict[str, Any]
 
 
 def _to_op(graph: GraphView, operand: Operand) -> Node:
-    if operand.layout == HEADS_FIRST:
-        return graph.call(aten.transpose.int, operand.node, 1, 2)
-    return graph.call(aten.unsqueeze.default, operand.node, 1) if operand.layout == NO_TOKENS else operand.node
+    x, layout = operand.node, operand.layout
+    x = x if "b" in layout else graph.call(aten.unsqueeze.default, x, 0)
+    if "ht" in layout:
+        return graph.call(aten.transpose.int, x, 1, 2)
+    return x if "t" in layout else graph.call(aten.unsqueeze.default, x, 1)
+
+
+def _widened(graph: GraphView, x: Node) -> Node:
+    narrow = x.meta["val"].dtype in (torch.float16, torch.bfloat16)
+    return graph.call(aten._to_copy.default, x, dtype=torch.float32) if narrow else x
 
 
 def _from_op(graph: GraphView, o: Node, output: Operand) -> Node:
-    if output.layout == HEADS_FIRST:
-        return graph.call(aten.transpose.int, o, 1, 2)
-    return graph.call(aten.squeeze.dim, o, 1) if output.layout == NO_TOKENS else o
+    if "ht" in output.layout:
+        o = graph.call(aten.transpose.int, o, 1, 2)
+    elif "t" not in output.layout:
+        o = graph.call(aten.squeeze.dim, o, 1)
+    return o if "b" in output.layout else graph.call(aten.squeeze.dim, o, 0)
 
 
 # ---------------------------------------------------------------- the state

@@ -92,16 +92,16 @@ def recognise(normal: GraphModule, options: Options) -> list[tuple[Site, Node | 
     if packed:
         found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in mark_packed(view)]
     for pattern in wanted:
-        outcomes: list[tuple[Node, tuple[Site, Node | None]]] = []
+        answers: list[tuple[Node, tuple[Site, Node | None]]] = []
         for anchor in list(normal.graph.nodes):
             if anchor.op != "call_function" or anchor.target not in pattern.anchors or not anchor.users:
                 continue
             outcome = _try(pattern, anchor, view)
             if outcome is not None:
-                outcomes.append((anchor, outcome))
+                answers.append((anchor, outcome))
         clean(normal)
-        left = set(normal.graph.nodes)  # an anchor that is gone was a part of what another one was rewritten to
-        found += [o for anchor, o in outcomes if o[1] is not None or anchor in left]
+        there = set(normal.graph.nodes)  # a near-miss inside what was rewritten later is none
+        found += [o for anchor, o in answers if o[1] is not None or anchor in there]
     if packed:
         dense_again = [Refusal(_ELSEWHERE, dense) for dense in unmark(view)]
         found += [(_near_miss("mxfp4", refusal, refusal.node), None) for refusal in dense_again]

@@ -31,12 +31,13 @@ LAYOUT = words(
     "repeat_interleave flatten unflatten movedim swapaxes mT mH numpy_T T tile fill fill_ zero_ masked_fill "
     "masked_fill_ tril triu diagonal flip roll index index_put index_put_ index_copy empty_like new_empty "
     "zeros_like ones_like new_zeros new_ones full_like new_full view_as type_as _conj positive unsafe_split "
-    "unsafe_chunk view_copy tril_ triu_ sym_size getitem squeeze_ unsqueeze_ hstack vstack concat concatenate moveaxis"
+    "unsafe_chunk view_copy tril_ triu_ sym_size getitem squeeze_ unsqueeze_ hstack vstack concat concatenate moveaxis "
+    "_linalg_check_errors"
 )
 ARITHMETIC = words(
     "add add_ sub sub_ rsub mul mul_ div div_ neg exp exp_ exp2 rsqrt sqrt reciprocal square pow sum mean cumsum "
     "cumsum_ mm bmm matmul einsum dot mv baddbmm addmm addcmul addcmul_ linalg_solve_triangular triangular_solve "
-    "linalg_inv linalg_inv_ex linalg_solve linalg_solve_ex _linalg_solve_ex linear outer inner linalg_vecdot "
+    "inverse linalg_inv linalg_inv_ex linalg_solve linalg_solve_ex _linalg_solve_ex linear outer inner linalg_vecdot "
     "expm1 sigmoid tensordot multiply subtract divide true_divide negative"
 )
 SMOOTH = LAYOUT | ARITHMETIC

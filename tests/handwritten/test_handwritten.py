@@ -29,7 +29,7 @@ from .rename import renamed
 
 FILES = (
     "attentions", "layouts", "vision", "masks", "caches", "refused", "sdpa_forms", "latents", "delta_rules",
-    "convolutions", "moes",
+    "delta_forms", "convolutions", "moes",
 )  # fmt: skip
 MODULES = {name: importlib.import_module(f".{name}", __package__) for name in FILES}
 REGISTRIES: dict[str, Registry] = {name: getattr(module, name.upper()) for name, module in MODULES.items()}
