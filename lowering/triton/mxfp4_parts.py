@@ -249,7 +249,7 @@ def packed_product(
         x, live, w, scale, rows, offset, stride_wn, stride_wup, stride_sn, stride_sup, rows_left, Q, FAST,
         GATED, SWAP, WIDE, STAGES, BLOCK_M, BLOCK_N, BLOCK_Q, EVEN_N, EVEN_Q, WHOLE, TOGETHER, SPLIT,
     )  # fmt: skip
-    if FAST:  # noqa: SIM102 (decided while compiling)
+    if FAST:
         size = tl.maximum(acc.to(tl.int32, bitcast=True) & FINITE, acc_up.to(tl.int32, bitcast=True) & FINITE)
         size = tl.max(tl.max(size, 1), 0)
         if size >= INFINITE:
