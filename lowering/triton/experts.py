@@ -170,7 +170,8 @@ def expert_launch(
     x: Tensor, out: Tensor, weight: dict[str, Any], tiles: ExpertTiles, *, source: int, blocks: int, rows: int,
     ids: Tensor | None = None, order: Tensor | None = None, table: Tensor | None = None,
     row_weights: Tensor | None = None, top_k: int = 1, gather: bool = False, scatter: bool = False,
-    activation: int = 0, alpha: float = 0.0, limit: float | None = None, planes: bool = False, first_expert: int = 0, pdl: bool = False,
+    activation: int = 0, alpha: float = 0.0, limit: float | None = None, planes: bool = False,
+    first_expert: int = 0, pdl: bool = False,
 ) -> tuple[dict[str, Any], tuple[int]]:  # fmt: skip
     """The expert kernel's arguments by name, and its grid. blocks: tiles of rows that the grid has room for.
 
