@@ -59,7 +59,8 @@ def _joined(w_uk: Tensor, w_uv: Tensor) -> Tensor | None:
     """The parameter ``[H, N + V, L]`` that both are views of, or None."""
     (H, N, L), V = w_uk.shape, w_uv.shape[1]
     stride = ((N + V) * L, L, 1)
-    beside = w_uv.data_ptr() - w_uk.data_ptr() == N * L * w_uk.element_size()
+    shared = w_uk.untyped_storage()._cdata == w_uv.untyped_storage()._cdata
+    beside = shared and w_uv.storage_offset() - w_uk.storage_offset() == N * L
     if w_uk.stride() != stride or w_uv.stride() != stride or not beside:
         return None
     return w_uk.as_strided((H, N + V, L), stride)
