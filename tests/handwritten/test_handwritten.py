@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from .rename import renamed
 
 FILES = (
     "attentions", "layouts", "vision", "masks", "caches", "refused", "sdpa_forms", "latents", "delta_rules",
-    "delta_forms", "convolutions", "moes",
+    "delta_forms", "convolutions", "moes", "moes_dispatched", "moes_refused",
 )  # fmt: skip
 MODULES = {name: importlib.import_module(f".{name}", __package__) for name in FILES}
 REGISTRIES: dict[str, Registry] = {name: getattr(module, name.upper()) for name, module in MODULES.items()}
@@ -130,7 +131,7 @@ def test_names_do_not_matter(name: str):
     source = renamed(inspect.getsource(MODULES[name]), keep)
     assert "forward" in source or "lambda" in source
     made: list[Registry] = []
-    namespace: dict[str, Any] = {"Draw": Draw, "Registry": _recorder(made)}
+    namespace = {**_shared(MODULES[name]), "Registry": _recorder(made)}
     exec(compile(source, "renamed.py", "exec"), namespace)
     (registry,) = made
     assert len(registry) == len(original)
@@ -143,6 +144,12 @@ def test_names_do_not_matter(name: str):
         with sm12x_compile.collect() as report:
             run(compile_here(function), function, calls(inputs, Draw(torch.float32, seed=4)))
         assert report.count(before.pattern) == before.sites * report.graphs, f"{before.name}, renamed:\n{report}"
+
+
+def _shared(module: Any) -> dict[str, Any]:
+    """What a module imports from beside it: `renamed` leaves these imports out."""
+    imports = [n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ImportFrom) and n.level]
+    return {alias.name: getattr(module, alias.name) for n in imports for alias in n.names}
 
 
 def _recorder(made: list[Registry]) -> Callable[..., Registry]:
