@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HIDDEN, HEADS, LATENT, NOPE, ROPE, VALUE = 2048, 16, 512, 128, 64, 128
+SETTLE = 2.0  # seconds before anything is timed, and at least as many that are
 
 
 class Layer(nn.Module):
@@ -62,16 +64,28 @@ def measure(contender: str, tokens: int, steps: int) -> dict[str, Any]:
     compiled = layer if contender == "eager" else torch.compile(layer, backend=backend)
     x = torch.randn(1, 1, HIDDEN)
     latents, ropes = torch.randn(1, tokens, LATENT), torch.randn(1, tokens, ROPE)
-    times = []
+    positions = cycle(range(tokens // 2, tokens))
+    times: list[float] = []
+
+    def step() -> tuple[Tensor, Tensor]:
+        at = torch.tensor([next(positions)])
+        start = time.perf_counter()
+        out = compiled(x, latents, ropes, at)
+        times.append(time.perf_counter() - start)
+        return out, at
+
     with torch.inference_mode():
-        for k in range(steps + 2):
-            at = torch.tensor([tokens - steps - 2 + k])
-            start = time.perf_counter()
-            out = compiled(x, latents, ropes, at)
-            times.append(time.perf_counter() - start)
+        step()
+        until = time.perf_counter() + SETTLE  # the compiler's processes end meanwhile
+        while time.perf_counter() < until:
+            step()
+        times.clear()
+        until = time.perf_counter() + SETTLE
+        while len(times) < steps or time.perf_counter() < until:
+            out, at = step()
         wanted = layer(x, latents, ropes, at)
     return {
-        "contender": contender, "ms": round(statistics.median(times[2:]) * 1e3, 3),
+        "contender": contender, "ms": round(statistics.median(times) * 1e3, 3),
         "difference_from_eager": float((out - wanted).abs().max() / wanted.abs().max()),
     }  # fmt: skip
 

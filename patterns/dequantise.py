@@ -84,7 +84,8 @@ def _held_tables(graph: GraphView) -> list[Refusal]:
     return [
         Refusal(reason, user)
         for table in tables
-        if tuple(table.meta["val"].shape) in ((16,), (8,))
+        for shape in (table.meta["val"].shape,)
+        if len(shape) == 1 and isinstance(shape[0], int) and shape[0] in (8, 16)  # to ask a symbol would be a guard
         for user in table.users
         if user.target in _GATHERS and _from_bytes(user)
     ]
