@@ -111,6 +111,10 @@ class Number:
 
     __hash__ = None  # type: ignore[assignment]
 
+    # Dynamo of torch 2.11 does not fall back to them by itself.
+    __iadd__, __isub__, __imul__, __itruediv__ = __add__, __sub__, __mul__, __truediv__
+    __ifloordiv__, __imod__ = __floordiv__, __mod__
+
     def __bool__(self) -> bool:
         refuse("a number read from a tensor decides what Python does here")
 

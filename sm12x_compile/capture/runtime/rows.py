@@ -223,6 +223,10 @@ class Rows:
 
     __hash__ = None  # type: ignore[assignment]
 
+    # Dynamo of torch 2.11 does not fall back to them by itself.
+    __iadd__, __isub__, __imul__, __itruediv__ = __add__, __sub__, __mul__, __truediv__
+    __ifloordiv__, __imod__, __ipow__ = __floordiv__, __mod__, __pow__
+
     def __getitem__(self, index: Any) -> Any:
         from .rowwise import item_of
 
