@@ -53,7 +53,8 @@ def chunk_tiles(
     else:
         prepare = Tile(64, 4, 1, 168 if arch.wgmma else None)
     if not arch.wgmma:
-        state = Tile(32, 4, 2) if K <= 128 else Tile(16, 8, 1 if per_channel else 2)
+        warps = 8 if packed and K > 64 else 4  # with four, Triton 3.9 keeps registers in local memory
+        state = Tile(32, warps, 2) if K <= 128 else Tile(16, 8, 1 if per_channel else 2)
         return ChunkTiles(prepare, state, transition=Tile(32, 4, 2))
     # Never one stage here: with unpipelined loads, wgmma reads shared memory that is not its own (Triton 3.6 and 3.7,
     # triton-lang/triton#11366; seen on an H200 as wrong results and illegal accesses).

@@ -44,7 +44,7 @@ def mla_tiles(arch: Arch, latent: int, rows: int, keys: int, bias: bool = False)
 
     A tile of latents is key and value, so it decides what fits. A short cache has too few blocks to keep all
     multiprocessors busy, so its rows are shared out among more programs (timed on an H200, where shared memory allows
-    either). A bias is a tile of its own.
+    either). A bias is a tile of its own: beside 512 columns it takes more warps.
     """
     block_r = 16 if rows <= 16 else 32 if rows <= 32 else 64
     if arch.smem_per_block >= 200 * KIB:
@@ -54,7 +54,8 @@ def mla_tiles(arch: Arch, latent: int, rows: int, keys: int, bias: bool = False)
         if block_r == 16:
             return DecodeTiles(16, block_n, 4, 3)
         return DecodeTiles(block_r, block_n, 8, 2, prefetch=1)
-    return DecodeTiles(block_r, 16 if latent > 256 and block_r == 64 else 32, 4 if block_r == 16 else 8, 2)
+    few = block_r == 16 and not (bias and latent > 256)
+    return DecodeTiles(block_r, 16 if latent > 256 and block_r == 64 else 32, 4 if few else 8, 2)
 
 
 def mla_splits(arch: Arch, tiles: DecodeTiles, groups: int, keys: int) -> int:
