@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def prove(
     else:
         # Fresh processes: Triton's compiler and a forked torch do not go together.
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            waiting = {pool.submit(_in_worker, w.arch, w.space, w.key, str(folder)) for w in missing}
+            waiting = {pool.submit(_in_worker, w.arch, tuple(kernels), w.key, str(folder)) for w in missing}
             for future in as_completed(waiting):
                 report(future.result())
     return sorted(done, key=lambda p: (p.arch, p.kernel, p.case))
@@ -160,9 +161,14 @@ def _choose(work: list[_Work], sample: int | None) -> list[_Work]:
     return random.Random(0).sample(work, sample)
 
 
-def _in_worker(arch: str, space: str, key: str, folder: str) -> Proof:
-    work = next(w for w in _work(arch, [space]) if w.key == key)
-    return _prove_one(work, Path(folder))
+@cache
+def _by_key(arch: str, kernels: tuple[str, ...]) -> dict[str, _Work]:
+    """In the order of the process that asks: a kernel's hash by Triton depends on which others were hashed before."""
+    return {work.key: work for work in _work(arch, kernels)}
+
+
+def _in_worker(arch: str, kernels: tuple[str, ...], key: str, folder: str) -> Proof:
+    return _prove_one(_by_key(arch, kernels)[key], Path(folder))
 
 
 # ---------------------------------------------------------------- one configuration
