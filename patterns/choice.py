@@ -9,6 +9,7 @@ that is proved from the op that chose (top-k gives distinct indices) or the matc
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,15 +121,18 @@ def _product(factors: tuple[Expr, ...], node: Node) -> Expr:
     return product
 
 
-def _masked(reader: Reader, args: tuple[Expr, ...], slot: Index) -> list[Choice] | None:
+def _kept(
+    reader: Reader, args: tuple[Expr, ...], slot: Index, is_nothing: Callable[[Reader, Expr], bool]
+) -> tuple[Expr, list[Choice] | None]:
+    """What ``where(condition, a, b)`` keeps where one side is nothing, and who chose it (None if it is otherwise)."""
     condition, a, b = args
-    if _is_zero(reader, b):
-        kept, picks = a, find_choices(reader, condition, slot)
-    elif _is_zero(reader, a):
-        kept, picks = b, unchosen(reader, condition, slot)
-    else:
-        return None
-    picks = _summed(picks)
+    if is_nothing(reader, b):
+        return a, _summed(find_choices(reader, condition, slot))
+    return b, _summed(unchosen(reader, condition, slot)) if is_nothing(reader, a) else None
+
+
+def _masked(reader: Reader, args: tuple[Expr, ...], slot: Index) -> list[Choice] | None:
+    kept, picks = _kept(reader, args, slot, _is_zero)
     if picks is None:
         return None
     return picks if _is_one(kept) else [replace(c, factors=(*c.factors, kept)) for c in picks]
@@ -190,14 +194,7 @@ def _filled(reader: Reader, scores: Expr, slot: Index) -> Choice | None:
             return scattered[0]
     if not (isinstance(made, Apply) and made.op == "where"):
         return None
-    condition, a, b = made.args
-    if _is_lowest(reader, b):
-        kept, picks = a, find_choices(reader, condition, slot)
-    elif _is_lowest(reader, a):
-        kept, picks = b, unchosen(reader, condition, slot)
-    else:
-        return None
-    picks = _summed(picks)
+    kept, picks = _kept(reader, made.args, slot, _is_lowest)
     if picks is None or len(picks) != 1 or picks[0].factors:
         return None
     return replace(picks[0], factors=(at_choice(kept, slot, picks[0].ids),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from .index_algebra import same_size, size_of
 from .index_algebra.expr import operand
 
 aten = torch.ops.aten
@@ -51,8 +52,10 @@ def _written_whole(node: Node) -> None:
     if not isinstance(target, Node) or not isinstance(source, Node):
         return
     old, new = target.meta["val"], source.meta["val"]
-    same = (old.dtype, old.device, old.shape, old.stride()) == (new.dtype, new.device, new.shape, new.stride())
-    if same and old.layout == new.layout == torch.strided:
+    if (old.dtype, old.device, old.layout, new.layout) != (new.dtype, new.device, torch.strided, torch.strided):
+        return
+    sizes = [*zip(old.shape, new.shape, strict=False), *zip(old.stride(), new.stride(), strict=False)]
+    if old.dim() == new.dim() and all(same_size(size_of(a), size_of(b)) for a, b in sizes):
         node.replace_all_uses_with(source)
         node.graph.erase_node(node)
 

@@ -4,7 +4,8 @@
 
 Known reference functions become one node of the graph:
 
-    fingerprint      what a Python function means: pure or not, and its shape without names
+    pure_code        which code has no effect but its result
+    fingerprint      what a Python function means: its shape without names, and what its control flow asks
     library          the families whose functions are known, and the experiment that tells whether one belongs
     install          find such functions, substitute them while we compile, undo it
 

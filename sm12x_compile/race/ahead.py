@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -103,8 +102,11 @@ def _compiling_only(jit: Any, made: list[Any]) -> Iterator[None]:
         made.append(kernel)
         return kernel
 
-    with patch.object(jit, "run", run):
+    jit.run = run
+    try:
         yield
+    finally:
+        jit.run = launch
 
 
 def _plain(value: Any) -> Any:

@@ -76,8 +76,7 @@ class Races:
 
     def prepare(self, calls: Sequence[tuple[Call, Sequence[Kernel]]]) -> None:
         """Compile side by side what the choices of these calls, with the kernels that accept them, are going to run."""
-        runs: dict[str, Callable[[], object]] = {}
-        device = None
+        runs: dict[torch.device, dict[str, Callable[[], object]]] = {}
         for call, accepted in calls:
             entrants = _entrants(accepted)
             with contextlib.suppress(CannotRace):
@@ -86,14 +85,15 @@ class Races:
                     continue
                 key = self._key(spec, device, entrants)
                 kept = _settled.get(repr(key)) or self.verdicts.load(key)
-                specs = [spec] if kept else list({repr(s): s for s in (spec, compared(spec, device))}.values())
-                for kernel in entrants if kept is None else [k for k in entrants if k.name == kept.winner]:
-                    if kernel.triton or kernel.inline:
+                again = kept is None or not (kept.complete or repr(key) in _settled)
+                specs = list({repr(s): s for s in (spec, compared(spec, device))}.values()) if again else [spec]
+                for kernel in entrants:
+                    if (kernel.triton or kernel.inline) and (again or (kept and kernel.name == kept.winner)):
                         run = partial(fake_run, kernel, specs, device, self.arch, self.options)
-                        runs.setdefault(repr((kernel.name, specs)), run)
-        if device is not None and runs:
+                        runs.setdefault(device, {}).setdefault(repr((kernel.name, specs)), run)
+        for device, wanted in runs.items():
             begun = time.monotonic()
-            kernels = compile_ahead(list(runs.values()), device)
+            kernels = compile_ahead(list(wanted.values()), device)
             logger.debug("%d Triton kernels compiled ahead in %.1f s", kernels, time.monotonic() - begun)
 
     def _key(self, spec: Spec, device: torch.device, entrants: Sequence[Kernel]) -> dict[str, Any]:

@@ -99,6 +99,11 @@ def build(name: str, experts: str | None) -> Any:
     family = FAMILIES[name]
     settings = {k: v for k, v in {**_BASE, **family.config}.items() if k not in family.without}
     config = transformers.AutoConfig.for_model(name, **settings)
+    return with_random_weights(config, experts)
+
+
+def with_random_weights(config: Any, experts: str | None) -> Any:
+    """A causal language model of the config, fp32; memory that nothing initialises is noise."""
     chosen = {} if experts is None else {"experts_implementation": experts}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sm12x_compile
 
-from .experts import DENSE, FAMILIES, Phase, build, build_switch, calls, switch_calls
+from .experts import DENSE, FAMILIES, Phase, build, build_switch, calls, switch_calls, with_random_weights
 
 IMPLEMENTATIONS = (None, "eager")
 PHASES: tuple[Phase, ...] = ("prompt", "dynamic", "static")
@@ -116,14 +116,7 @@ def build_compressing(experts: str | None) -> Any:
         index_head_dim=16, index_n_heads=2, hc_mult=2, num_hash_layers=1, initializer_range=0.2, pad_token_id=0,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    chosen = {} if experts is None else {"experts_implementation": experts}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, **chosen).float().eval().requires_grad_(False)
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                tensor.normal_(0, 0.1)
-    return model
+    return with_random_weights(config, experts)
 
 
 @pytest.mark.nightly

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sm12x_compile.smooth import words
+
 from .predicates import Predicate, of_tensor
 from .refusal import refuse
 
@@ -128,43 +130,10 @@ class Number:
         refuse("a number read from a tensor is handed to Python's float arithmetic")
 
 
-_WITH_TENSORS = frozenset(
-    {
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "true_divide",
-        "floor_divide",
-        "remainder",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "rsub",
-        "__add__",
-        "__radd__",
-        "__sub__",
-        "__rsub__",
-        "__mul__",
-        "__rmul__",
-        "__div__",
-        "__rdiv__",
-        "__truediv__",
-        "__rtruediv__",
-        "__floordiv__",
-        "__rfloordiv__",
-        "__mod__",
-        "__rmod__",
-        "__eq__",
-        "__ne__",
-        "__lt__",
-        "__le__",
-        "__gt__",
-        "__ge__",
-    }
+_WITH_TENSORS = words(
+    "add sub mul div true_divide floor_divide remainder eq ne lt le gt ge rsub __add__ __radd__ __sub__ "
+    "__rsub__ __mul__ __rmul__ __div__ __rdiv__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ "
+    "__rmod__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__"
 )
 
 
